@@ -1,0 +1,37 @@
+"""lorat: align language models on preference data with a moving reference, on one consumer GPU.
+
+The names below load on first use, so that `import lorat` is quick and `lorat.reference` needs torch alone.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_WHERE = {
+    "TrustRegionConfig": "config",
+    "TrustRegionTrainer": "trainer",
+    "Frozen": "reference",
+    "Hard": "reference",
+    "Soft": "reference",
+    "blend_": "reference",
+    "copy_": "reference",
+    "distance": "reference",
+    "snapshot": "reference",
+    "LoratError": "errors",
+}
+__all__ = sorted([*_WHERE, "__version__"])
+
+if TYPE_CHECKING:
+    from .config import TrustRegionConfig
+    from .errors import LoratError
+    from .reference import Frozen, Hard, Soft, blend_, copy_, distance, snapshot
+    from .trainer import TrustRegionTrainer
+
+
+def __getattr__(name: str) -> Any:
+    if name in _WHERE:
+        return getattr(import_module(f".{_WHERE[name]}", __name__), name)
+    raise AttributeError(f"module 'lorat' has no attribute {name!r}")

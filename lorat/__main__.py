@@ -1,0 +1,7 @@
+"""`python -m lorat`, so that torchrun can start it."""
+
+import sys
+
+from .cli import main
+
+sys.exit(main())

@@ -1,0 +1,304 @@
+"""One base model, two adapters on it: load, attach, switch, save and load back.
+
+The base is loaded once, in 4-bit unless asked otherwise, and never trained. The policy is PEFT's adapter
+`default`, the reference is `ref`. Both are float32 whatever the base computes in: a slow blend in bf16
+rounds to nothing. Files are safetensors only; a pickle is never opened. Loading is verified tensor by
+tensor, since a silently half-loaded adapter trains a wrong model for hours.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+from .errors import ConfigError, ModelError
+from .reference import POLICY, REFERENCE, adapter_parameters, copy_
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from .config import TrustRegionConfig
+
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
+
+
+def load_tokenizer(config: TrustRegionConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer of the run; raises `ModelError` if there is none at the given place."""
+    name = config.tokenizer_name_or_path or config.model_name_or_path
+    try:
+        return AutoTokenizer.from_pretrained(
+            name, revision=config.model_revision or "main", trust_remote_code=config.trust_remote_code
+        )
+    except Exception as error:
+        raise ModelError(
+            f"no tokenizer could be loaded from {name!r} ({_first_line(error)}). Set tokenizer_name_or_path to a folder "
+            "or hub id that holds tokenizer.json, or put the tokenizer's files beside the model."
+        ) from error
+
+
+def load_base(config: TrustRegionConfig) -> PreTrainedModel:
+    """The base model, once, frozen, in 4-bit if `load_in_4bit`; one copy on this process's device.
+
+    Raises `ModelError` where the folder has no safetensors weights or the hub no such model.
+    """
+    name = config.model_name_or_path
+    if not name:
+        raise ConfigError("model_name_or_path is not set; give a hub id (EleutherAI/pythia-6.9b) or a local folder.")
+    common = dict(revision=config.model_revision or "main", trust_remote_code=config.trust_remote_code)
+    try:
+        model_config = AutoConfig.from_pretrained(name, **common)
+    except Exception as error:
+        raise ModelError(
+            f"{name!r} has no readable model configuration ({_first_line(error)}). Set model_name_or_path to a hub id "
+            "or to a folder that holds config.json and safetensors weights."
+        ) from error
+    for key, value in model_config.get_text_config().to_dict().items():
+        if key.endswith(("dropout", "pdrop")) and isinstance(value, float):
+            setattr(model_config.get_text_config(), key, 0.0)  # noise on a frozen base is noise in every log-ratio
+    device = torch.device("cpu") if config.use_cpu else config.device
+    kwargs: dict[str, Any] = dict(
+        common, config=model_config, dtype=config.torch_dtype, use_safetensors=True, device_map={"": device}
+    )
+    if config.attn_implementation:
+        kwargs["attn_implementation"] = config.attn_implementation
+    if config.load_in_4bit and getattr(model_config, "quantization_config", None) is None:
+        kwargs["quantization_config"] = quantization_config(config)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(name, **kwargs)
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"the weights of {name!r} could not be loaded ({_first_line(error)}). lorat reads safetensors only: the "
+            "folder or hub repository must hold model.safetensors (or its shards). Convert a pickled "
+            "pytorch_model.bin once with model.save_pretrained(...), or choose another model."
+        ) from error
+    model.requires_grad_(False)
+    keep_trainable_on_cpu_(model)
+    return model
+
+
+def keep_trainable_on_cpu_(model: nn.Module) -> None:
+    """Stop bitsandbytes from repacking 4-bit weights on the CPU at the first forward in eval mode.
+
+    On CPUs with AVX512-BF16 it does so for faster inference, in place and for good: the repacked product has
+    no gradient and rounds to bf16. Raises `ModelError` if that has happened already.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+            if getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False):
+                raise ModelError(
+                    "this 4-bit model has run inference on the CPU, where bitsandbytes repacks its weights into a form "
+                    "without gradients. Load it anew and hand it over before its first forward pass."
+                )
+
+
+def quantization_config(config: TrustRegionConfig) -> BitsAndBytesConfig:
+    """How bitsandbytes stores the base: 4-bit, dequantised to `config.torch_dtype` for each product."""
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=config.bnb_4bit_quant_type,
+        bnb_4bit_use_double_quant=config.bnb_4bit_use_double_quant,
+        bnb_4bit_compute_dtype=config.torch_dtype,
+    )
+
+
+def lora_config(config: TrustRegionConfig) -> LoraConfig:
+    """The adapter that the `lora_*` fields describe."""
+    targets: list[str] | str = config.lora_target_modules
+    return LoraConfig(
+        r=config.lora_r,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules="all-linear" if list(targets) == ["all-linear"] else list(targets),
+        use_rslora=config.use_rslora,
+        use_dora=config.use_dora,
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+
+
+def attach(
+    model: PreTrainedModel | PeftModel,
+    peft_config: PeftConfig | None = None,
+    *,
+    policy_adapter: str | None = None,
+    ref_adapter: str | None = None,
+    check_base: bool = True,
+) -> PeftModel:
+    """Put policy and reference on the base; the reference starts as an exact copy of the policy.
+
+    `model`: a base model, or a `PeftModel` whose adapter `default` becomes the policy as it is.
+    `policy_adapter`, `ref_adapter`: folders (or hub ids) of saved adapters to start from. Raises `ModelError`
+    if targets match nothing or include the head, or if an adapter belongs to another base, rank or targets.
+    """
+    keep_trainable_on_cpu_(model)
+    if isinstance(model, PeftModel):
+        if POLICY not in model.peft_config:
+            raise ModelError(f"the model's adapters are {sorted(model.peft_config)}, none is 'default', the policy.")
+        policy = model
+    elif policy_adapter:
+        folder = adapter_folder(policy_adapter)
+        peft_config = _read_adapter_config(folder)
+        _check_base(model, peft_config, policy_adapter, check_base)
+        policy = _wrap(model, peft_config)
+        load_adapter_(policy, folder, POLICY)
+    else:
+        policy = _wrap(model, peft_config if peft_config is not None else LoraConfig(target_modules="all-linear"))
+    _check_head(policy)
+    if REFERENCE not in policy.peft_config:
+        if ref_adapter:
+            folder = adapter_folder(ref_adapter)
+            ref_config = _read_adapter_config(folder)
+            _check_base(policy.get_base_model(), ref_config, ref_adapter, check_base)
+            policy.add_adapter(REFERENCE, ref_config)
+            _check_pairs(policy, ref_adapter)
+            load_adapter_(policy, folder, REFERENCE)
+        else:
+            policy.add_adapter(REFERENCE, copy.deepcopy(policy.peft_config[POLICY]))
+            copy_(policy, POLICY, REFERENCE)
+    for adapter in (POLICY, REFERENCE):
+        for p in adapter_parameters(policy, adapter).values():
+            if p.dtype in (torch.bfloat16, torch.float16):
+                p.data = p.data.float()
+    train_policy_only_(policy)
+    return policy
+
+
+def _wrap(model: PreTrainedModel, peft_config: PeftConfig) -> PeftModel:
+    head = next((n for n, m in model.named_modules() if m is model.get_output_embeddings()), None)
+    targets = getattr(peft_config, "target_modules", None) or ()
+    saved = getattr(peft_config, "modules_to_save", None) or ()
+    if head and not isinstance(targets, str) and any(head == t or head.endswith(f".{t}") for t in (*targets, *saved)):
+        raise ModelError(
+            f"lora_target_modules={sorted(targets)} includes {head!r}, the head. Log-probs are computed without "
+            "materialising logits, which needs a head that stays as it is; leave it out, or set all-linear."
+        )
+    peft_config = copy.deepcopy(peft_config)
+    peft_config.inference_mode = False
+    try:
+        return get_peft_model(model, peft_config, adapter_name=POLICY)
+    except ValueError as error:
+        if "not found in the base model" not in str(error) and "No modules were targeted" not in str(error):
+            raise
+        linear = sorted({n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear)})
+        raise ModelError(
+            f"lora_target_modules={sorted(targets)} matches nothing in {type(model).__name__}, so nothing would be "
+            f"trained. Its linear layers are called: {', '.join(n for n in linear if n != head)}. Set some of those, "
+            "or all-linear."
+        ) from error
+
+
+def _check_head(model: PeftModel) -> None:
+    head = model.get_base_model().get_output_embeddings()
+    if head is None:
+        raise ModelError(f"{type(model.get_base_model()).__name__} has no output head: it is not a causal LM.")
+    if any(p.requires_grad for p in head.parameters()) or not isinstance(head, nn.Linear) or head.weight.dim() != 2:
+        raise ModelError("the head is adapted or trainable; log-probs need a frozen head. Leave it out of the adapter.")
+    if head.weight.dtype == torch.uint8:
+        raise ModelError("the head itself is quantised; exclude it (llm_int8_skip_modules) when quantising the model.")
+
+
+def _check_base(model: PreTrainedModel, config: PeftConfig, given: str, check: bool) -> None:
+    """Refuse an adapter whose recorded base is another model: it would load, fit, and compute nonsense."""
+    theirs, ours = config.base_model_name_or_path, model.config._name_or_path
+    same = not theirs or not ours or Path(theirs).name.lower() == Path(ours).name.lower()
+    if check and not same:
+        raise ModelError(
+            f"adapter {given!r} was trained on {theirs!r}, the base here is {ours!r}. On another base its weights mean "
+            "nothing. Set model_name_or_path to its base, or check_adapter_base: false if both hold the same weights."
+        )
+
+
+def _check_pairs(model: PeftModel, given: str) -> None:
+    from .reference import paired
+
+    try:
+        paired(model, POLICY, REFERENCE)
+    except ValueError as error:
+        raise ModelError(f"ref_adapter={given!r} cannot be the reference of this policy: {error}") from error
+
+
+def _read_adapter_config(folder: Path) -> PeftConfig:
+    try:
+        return PeftConfig.from_pretrained(str(folder))
+    except Exception as error:
+        raise ModelError(
+            f"{str(folder)!r} holds no readable {ADAPTER_CONFIG} ({_first_line(error)}); name a folder that PEFT saved."
+        ) from error
+
+
+def adapter_folder(name: str) -> Path:
+    """A local folder with a safetensors adapter: `name` itself, or a hub repository fetched to the cache."""
+    folder = Path(name)
+    if not folder.is_dir() and not folder.is_absolute() and name.count("/") == 1:
+        from huggingface_hub import snapshot_download
+
+        try:
+            folder = Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json"]))
+        except Exception as error:
+            raise ModelError(f"adapter {name!r} is neither a folder nor a hub id ({_first_line(error)}).") from error
+    if not (folder / ADAPTER_WEIGHTS).is_file():
+        pickled = " It holds adapter_model.bin, a pickle, which is never opened." if list(folder.glob("*.bin")) else ""
+        raise ModelError(
+            f"adapter {name!r} has no {ADAPTER_WEIGHTS}.{pickled} Name a folder that PEFT saved with safetensors."
+        )
+    return folder
+
+
+@torch.no_grad()
+def load_adapter_(model: PeftModel, folder: Path, adapter: str) -> None:
+    """Read `folder`'s safetensors into `adapter` and check that every tensor arrived, bit for bit."""
+    saved = load_file(folder / ADAPTER_WEIGHTS)
+    try:
+        set_peft_model_state_dict(model, saved, adapter_name=adapter)
+        held = adapter_state(model, adapter)
+    except (RuntimeError, ValueError) as error:
+        raise ModelError(f"the adapter in {str(folder)!r} does not fit this model: {error}") from error
+    wrong = sorted(held.keys() ^ saved.keys())
+    wrong += [k for k in held.keys() & saved.keys() if not torch.equal(held[k].cpu(), saved[k].to(held[k].dtype))]
+    if wrong:
+        raise ModelError(
+            f"the adapter in {str(folder)!r} did not load into {adapter!r}: {len(wrong)} of {len(held)} tensors are "
+            f"missing, unexpected or different, e.g. {wrong[0]}. It was saved for another base, rank or targets."
+        )
+
+
+def adapter_state(model: PeftModel, adapter: str) -> dict[str, torch.Tensor]:
+    """An adapter's tensors under the names that PEFT gives them on disk."""
+    return get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
+
+
+def train_policy_only_(model: PeftModel) -> None:
+    """Activate the policy; gradients for its tensors and for no other, by name and not by the present flags."""
+    model.set_adapter(POLICY)
+    trained = {id(p) for p in adapter_parameters(model, POLICY).values()}
+    for p in model.parameters():
+        p.requires_grad_(id(p) in trained)
+
+
+@contextmanager
+def using_reference(model: PeftModel) -> Iterator[None]:
+    """Inside, forward passes go through the reference, without dropout; afterwards the policy is as it was."""
+    training = model.training
+    model.set_adapter(REFERENCE, inference_mode=True)
+    model.eval()
+    try:
+        yield
+    finally:
+        model.set_adapter(POLICY)
+        model.train(training)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

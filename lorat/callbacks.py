@@ -1,0 +1,173 @@
+"""What happens around the Trainer's steps: the reference moves, signals are heeded, progress is shown."""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+import time
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from transformers import TrainerCallback
+
+from .reference import UpdateRule
+
+if TYPE_CHECKING:
+    from .trainer import TrustRegionTrainer
+
+
+class ReferenceCallback(TrainerCallback):
+    """Moves the reference after each optimiser step, as the trainer's update rule says."""
+
+    def __init__(self, trainer: TrustRegionTrainer) -> None:
+        self.trainer = trainer
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        self.trainer.rule.after_step_(self.trainer.model, state.global_step)
+
+
+class SignalCallback(TrainerCallback):
+    """SIGTERM and Ctrl-C end the run after the step in progress, with a checkpoint; a second Ctrl-C at once.
+
+    transformers' own JIT checkpoint knows SIGTERM only, waits three seconds and may save between two
+    micro-batches. On several ranks the signal that one of them received stops all of them at the same step.
+    """
+
+    def __init__(self, trainer: TrustRegionTrainer) -> None:
+        self.trainer = trainer
+        self.received: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        self.received = None
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._heed)
+
+    def _heed(self, number: int, frame: Any) -> None:
+        if self.received is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = number
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        if args.world_size > 1:
+            flag = torch.tensor(self.received or 0, device=args.device)
+            self.received = int(self.trainer.accelerator.gather(flag).max().item()) or None
+        if self.received is not None and state.global_step < state.max_steps:
+            control.should_save = control.should_training_stop = True
+
+    def restore(self) -> None:
+        """Put the handlers back that were there before."""
+        while self._before:
+            signal.signal(*self._before.popitem())
+
+
+class ProgressCallback(TrainerCallback):
+    """A bar with loss, accuracy, margin, tokens/s and the reference's last move; plain lines where no terminal is."""
+
+    def __init__(self, trainer: TrustRegionTrainer, label: str = "") -> None:
+        self.trainer = trainer
+        self.console = Console(stderr=True)
+        self.label = label or f"{trainer.args.method.upper()} {trainer.args.sync}"
+        self.bar: Progress | None = None
+        self.words = ""
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        if not state.is_world_process_zero or args.disable_tqdm:
+            return
+        for line in self.trainer.opening_lines(state.max_steps):
+            self.console.print(line, soft_wrap=True, highlight=False)
+        if self.console.is_terminal:
+            self.bar = Progress(
+                TextColumn("[bold]{task.description}"),
+                BarColumn(bar_width=None),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[words]}"),
+                console=self.console,
+                expand=True,
+            )
+            self.task = self.bar.add_task(self.label, total=state.max_steps, completed=state.global_step, words="")
+            self.bar.start()
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        if self.bar:
+            self.bar.update(self.task, completed=state.global_step, words=f"{self.words}{self._moved()}")
+
+    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+        if not state.is_world_process_zero or not logs:
+            return
+        self.words = describe_metrics(logs)
+        if self.bar:
+            self.bar.update(self.task, words=f"{self.words}{self._moved()}")
+        elif not args.disable_tqdm and self.words:
+            self.console.print(f"step {state.global_step}/{state.max_steps}  {self.words}{self._moved()}", soft_wrap=True)
+
+    def _moved(self) -> str:
+        rule = self.trainer.rule
+        return f"  ref moved at {rule.last_step}" if rule.updates else ""
+
+    def on_train_end(self, args, state, control, **kwargs) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        if self.bar:
+            self.bar.stop()
+            self.bar = None
+
+
+def describe_metrics(logs: dict[str, float]) -> str:
+    """One line of a log: the numbers a person watches, those that are there."""
+    prefix = "eval_" if any(k.startswith("eval_") for k in logs) else ""
+    names = [("loss", "loss", "{:.4f}"), ("rewards/accuracies", "acc", "{:.1%}"), ("rewards/margins", "margin", "{:+.3f}")]
+    names += [("kl", "z0", "{:.3f}"), ("tokens_per_second", "tok/s", "{:,.0f}")]
+    parts = [f"{word} {form.format(logs[prefix + key])}" for key, word, form in names if prefix + key in logs]
+    return ("eval: " if prefix and parts else "") + "  ".join(parts)
+
+
+def opening_lines(rule: UpdateRule, beta: float, steps: int) -> list[str]:
+    """What the user should know of the reference before the run: how it moves, its lag, and whether it binds.
+
+    Thresholds come from exact toy experiments in which results collapse onto beta*lag, best between 50 and 300.
+    """
+    if not rule.moves:
+        return ["Reference: frozen at the start; it never moves."]
+    how = "a copy of the policy" if rule.alpha == 1 else f"{rule.alpha:g} of the policy blended in"
+    times = rule.planned_updates(steps)
+    lines = [
+        f"Reference: {how} every {rule.every} optimiser steps; lag {rule.lag:.1f} steps, beta*lag {beta * rule.lag:.2f}; "
+        f"{times} update{'' if times == 1 else 's'} in {steps} steps."
+    ]
+    if times == 0:
+        lines.append(
+            f"It will never move: sync_every={rule.every} is longer than this run of {steps} steps. "
+            f"Set sync_every to {max(1, steps // 8)} or less, or sync: frozen."
+        )
+    elif beta * rule.lag < 1:
+        enough = math.ceil(50 / beta / (rule.lag + 0.5) * rule.every)  # lag grows in proportion to `every`
+        advice = f"Set sync_every to {enough} for beta*lag near 50"
+        if enough > steps // 2:
+            advice = f"A run of {steps} steps is too short for beta*lag near 50 at beta {beta:g}: raise beta or sync_every"
+        lines.append(
+            "It does not bind: the reference follows the policy so closely that beta has next to no effect. "
+            f"{advice}, or set sync: frozen."
+        )
+    return lines
+
+
+class Throughput:
+    """Tokens per second since the last log, of all ranks together."""
+
+    def __init__(self) -> None:
+        self.total = 0
+        self._marked, self._at = 0, time.perf_counter()
+
+    def lap(self) -> float:
+        now = time.perf_counter()
+        rate = (self.total - self._marked) / max(now - self._at, 1e-9)
+        self._marked, self._at = self.total, now
+        return rate

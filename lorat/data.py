@@ -1,0 +1,334 @@
+"""Preference data from a file, a folder or the hub -> tokenised examples, with an account of every row.
+
+A row that cannot teach anything is dropped and reported with its number; a file that cannot be read is diagnosed
+down to the line. Streaming datasets and remote code are deliberately left out. Everything is read once, in one
+process, and what was tokenised before passes through untouched.
+"""
+
+from __future__ import annotations
+
+import bisect
+import difflib
+import gzip
+import json
+import math
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import datasets
+from datasets import Dataset, Features, List, Value
+from transformers import PreTrainedTokenizerBase
+
+from .errors import DataError
+from .formats import canonical_text, detect, kind
+from .tokenization import Tokens, as_row, check_tokenizer, encode, truncate, unfit
+
+SUFFIXES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
+TEXT_COLUMNS = ("prompt", "chosen", "rejected", "completion")
+IDS = List(Value("int32"))
+PAIR = {"row": Value("int64"), "prompt_ids": IDS, "chosen_ids": IDS, "rejected_ids": IDS}
+SINGLE = {"row": Value("int64"), "prompt_ids": IDS, "completion_ids": IDS, "label": Value("bool")}
+
+
+def load_preference_data(name: str, split: str = "train", config_name: str | None = None) -> Dataset:
+    """Read raw preference data from a local file, a local folder or the hub, as `datasets` reads it.
+
+    Files: .json, .jsonl, .csv, .tsv, .parquet, each also with .gz; folders: `save_to_disk` or data files. A file is
+    the split "train"; slices such as "train[:100]" work. Changed files are read again. Remote code never runs.
+    Raises `DataError` that names the broken line, the nearest file names or the splits there are.
+    """
+    path = Path(name).expanduser()
+    local = path.exists() or _suffix(path) in SUFFIXES or name.startswith((".", "/", "~"))
+    if local and not path.exists():
+        raise DataError(f"there is no file or folder {path}{_nearby(path)}; give a path that exists, or a hub id.")
+    if path.is_file() and _suffix(path) not in SUFFIXES:
+        raise DataError(f"{path} is of no type that can be read; give {', '.join(SUFFIXES)}, each also with .gz.")
+    with _quiet():
+        try:
+            if path.is_file():
+                return _read_file(path, split)
+            if any((path / marker).is_file() for marker in ("dataset_dict.json", "state.json")):
+                return _read_saved(path, split)
+            return datasets.load_dataset(str(path) if local else name, config_name, split=split)
+        except Exception as error:
+            raise DataError(_diagnose(name, path, split, local, error)) from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the progress bars and log lines of `datasets`; what was set before is set again."""
+    verbosity, bars = datasets.logging.get_verbosity(), not datasets.are_progress_bars_disabled()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        datasets.logging.set_verbosity(verbosity)
+        if bars:
+            datasets.enable_progress_bars()
+
+
+def _suffix(path: Path) -> str:
+    return Path(path.name.lower().removesuffix(".gz")).suffix
+
+
+def _read_file(path: Path, split: str) -> Dataset:
+    loader, options = SUFFIXES[_suffix(path)], {}
+    if loader == "csv":  # text stays text: "007" is no number and "None" no missing value
+        options = {"converters": dict.fromkeys(TEXT_COLUMNS, str), "keep_default_na": False}
+        options["sep"] = "\t" if _suffix(path) == ".tsv" else ","
+    if loader == "parquet" and path.suffix.lower() == ".gz":  # the one loader that does not unzip
+        with tempfile.TemporaryDirectory() as folder:
+            plain = Path(folder) / "data.parquet"
+            with gzip.open(path) as source, plain.open("wb") as target:
+                shutil.copyfileobj(source, target)
+            options = {"cache_dir": folder, "keep_in_memory": True}
+            return datasets.load_dataset(loader, data_files={"train": str(plain)}, split=split, **options)
+    return datasets.load_dataset(loader, data_files={"train": str(path)}, split=split, **options)
+
+
+def _read_saved(path: Path, split: str) -> Dataset:
+    saved = datasets.load_from_disk(str(path))
+    parts = saved if isinstance(saved, datasets.DatasetDict) else {str(saved.split or "train"): saved}
+    spans = datasets.ReadInstruction.from_spec(split).to_absolute({key: len(part) for key, part in parts.items()})
+    pieces = [parts[s.splitname].select(range(len(parts[s.splitname]))[s.from_ : s.to]) for s in spans]
+    return datasets.concatenate_datasets(pieces)
+
+
+def _nearby(path: Path) -> str:
+    """What lies in the nearest existing folder above a path, the most similar names first."""
+    folder = next(parent for parent in path.absolute().parents if parent.is_dir())
+    names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() or _suffix(entry) in SUFFIXES)
+    near = difflib.get_close_matches(path.name, names, 5, 0.4) or names[:10]
+    return f" ({folder} holds {', '.join(near)})" if near else f" ({folder} holds no data files)"
+
+
+def _diagnose(name: str, path: Path, split: str, local: bool, error: Exception) -> str:
+    """Why reading failed, in words, down to the line where that can be found."""
+    if known := re.search(r"Unknown split .*? one of (\[.*?\])", str(error)):
+        return f"{name} has no split {split!r}; its splits are {known[1]}: set the split to one of them."
+    if "Unrecognized instruction format" in str(error):
+        return f"the split {split!r} cannot be read; write it as in train, train[:1000] or train[90%:]."
+    files = [path] if path.is_file() else sorted(path.rglob("*")) if local else []
+    for file in (f for f in files if _suffix(f) in SUFFIXES):
+        if fault := _fault(file):
+            return f"{file} cannot be read: {fault}"
+    reason = f"{type(error.__cause__ or error).__name__}: {error.__cause__ or error}"
+    if local:
+        return f"{name} cannot be read ({reason}); correct the file, or give it as JSONL, one object a line."
+    return (
+        f"{name} is no local file or folder{_nearby(path)}, and cannot be read from the hub ({reason}); check the "
+        "name, the configuration and the network, or give a local file."
+    )
+
+
+def _fault(path: Path) -> str | None:
+    """What is wrong with a file: empty, not UTF-8, or for JSON the first bad line or cell. `None`: nothing found."""
+    data = (gzip.open if path.suffix.lower() == ".gz" else open)(path, "rb").read()
+    if not data.strip():
+        return "it is empty; give a file with rows."
+    if SUFFIXES[_suffix(path)] != "json":
+        return None
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        return f"line {data[: error.start].count(10) + 1} is not UTF-8 text; save the file as UTF-8."
+    rows: list[tuple[str, Any]] = []
+    first = 1
+    try:
+        if text.lstrip().startswith("["):
+            rows = [(f"row {i}", row) for i, row in enumerate(json.loads(text))]
+        else:
+            for first, line in enumerate(text.split("\n"), 1):
+                if line.strip():
+                    rows.append((f"line {first}", json.loads(line)))
+    except json.JSONDecodeError as error:
+        excerpt = error.doc.split("\n")[error.lineno - 1][max(0, error.colno - 50) :][:80]
+        place = f"line {first + error.lineno - 1} is not valid JSON ({error.msg} at column {error.colno})"
+        return f"{place}: {excerpt!r}; correct or delete that line."
+    seen: dict[str, tuple[str, str]] = {}
+    for place, row in rows:
+        if not isinstance(row, dict):
+            return f"{place} is {kind(row)}, not an object with columns; correct or delete it."
+        for column, cell in row.items():
+            was, where = seen.setdefault(column, (kind(cell), place)) if cell is not None else (kind(cell), place)
+            if kind(cell) != was:
+                return f"{place}: '{column}' is {kind(cell)}, but {was} in {where}; use one type in a column."
+    return None
+
+
+def prepare(
+    dataset: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    method: str,
+    max_length: int | None,
+    max_prompt_length: int | None = None,
+    overlong: str = "truncate",
+    name: str = "train",
+) -> tuple[Dataset, DataReport]:
+    """Raw preference data of any accepted layout -> tokenised examples (columns `PAIR` or `SINGLE`) and a report.
+
+    Rows that teach nothing are dropped and reported. `overlong="truncate"` cuts to `max_length` (prompt + longest
+    completion) and `max_prompt_length`; "drop" cuts nothing and drops what exceeds either. Method kto splits pairs:
+    all chosen first, then all rejected. Data with a `prompt_ids` column passes through, whatever its lengths.
+    Raises `DataError` when the layout is unknown, no row is left, or every completion lost its EOS.
+    """
+    if not isinstance(dataset, Dataset):
+        raise DataError(f"{name}: got a {type(dataset).__name__}, which is not one split in memory; give a Dataset.")
+    check_tokenizer(tokenizer)
+    dataset = dataset.with_format(None)
+    if "prompt_ids" in dataset.column_names:
+        return _pass_through(dataset, method, name)
+    form = detect(dataset, method)
+    columns = SINGLE if form.unpair or form.layout == "kto" else PAIR
+    unit = "completions" if form.layout == "kto" else "pairs"
+    report = DataReport(name, form.name + form.unpair * ", split into single completions", unit, len(dataset))
+    uncut: list[int] = []  # totals before cutting, of every row that could be tokenised
+    sizes: list[tuple[int, ...]] = []
+
+    def tokenize(batch: dict[str, list], rows: list[int], side: str | None = None) -> dict[str, list]:
+        usable = []
+        for row, cells in zip(rows, zip(*batch.values())):
+            example = canonical_text(dict(zip(batch, cells)), form)
+            if isinstance(example, str):
+                report.drop(example, row)
+                continue
+            if side:
+                example = {"prompt": example["prompt"], "completion": example[side], "label": side == "chosen"}
+            usable.append((row, example))
+        kept: list[dict] = []
+        for (row, example), tokens in zip(usable, encode([example for _, example in usable], tokenizer)):
+            if isinstance(tokens, Tokens):
+                uncut.append(tokens.total)
+                if overlong == "truncate":
+                    tokens = truncate(tokens, max_length, max_prompt_length, tokenizer.bos_token_id)
+                tokens = unfit(tokens, max_length, max_prompt_length) or tokens
+            if isinstance(tokens, str):
+                report.drop(tokens, row)
+                continue
+            report.prompts_cut += tokens.cut_prompt
+            report.completions_cut += sum(tokens.cut)
+            sizes.append((len(tokens.prompt), *map(len, tokens.completions)))
+            kept.append(as_row(row, tokens, example.get("label")))
+        return {column: [example[column] for example in kept] for column in columns}
+
+    raw = dataset.select_columns([*form.kinds, *(["label"] if form.layout == "kto" else [])])
+    options: dict[str, Any] = {"batched": True, "with_indices": True, "load_from_cache_file": False}
+    options |= {"features": Features(columns), "remove_columns": raw.column_names}
+    sides = [{"side": side} for side in ("chosen", "rejected")] if form.unpair else [{}]
+    with _quiet():
+        result = datasets.concatenate_datasets([raw.map(tokenize, fn_kwargs=side, **options) for side in sides])
+    report.measure(sizes)
+    report.longest = max(uncut, default=0)
+    if report.completions_cut == sum(len(size) - 1 for size in sizes):  # nothing kept, or nothing kept whole
+        raise DataError(_nothing_left(report, sorted(uncut)))
+    return result, report
+
+
+def _nothing_left(report: DataReport, uncut: list[int]) -> str:
+    """Why no example is left, or none with its EOS, and what to set; `uncut` holds sorted totals."""
+    if report.rows_kept:
+        text = f"{report.name}: every completion was cut, so none ends in EOS and nothing says where an answer ends."
+    else:
+        text = f"{report.name}: none of {report.rows_read} {report.unit}, read as {report.format}, is left: "
+        text += "; ".join(f"{len(rows)} × {reason} ({_rows(rows)})" for reason, rows in report.dropped.items()) + "."
+        if not any("longer than" in reason or "truncation" in reason for reason in report.dropped):
+            return f"{text} Correct these cells, or rename the columns so that the right ones are read."
+    median = uncut[(len(uncut) - 1) // 2]
+    text += f" Prompt + longest completion take {uncut[0]} (shortest), {median} (median), {uncut[-1]} (longest) tokens:"
+    text += f" set max_length={uncut[-1]} to keep every row whole, or max_length={median} for half of them"
+    limit = " and raise max_prompt_length" if any("max_prompt_length" in reason for reason in report.dropped) else ""
+    return f"{text}{limit}."
+
+
+def _pass_through(dataset: Dataset, method: str, name: str) -> tuple[Dataset, DataReport]:
+    columns = SINGLE if method == "kto" else PAIR
+    if missing := [c for c in columns if c != "row" and c not in dataset.column_names]:
+        raise DataError(
+            f"{name}: the dataset is tokenised (it has prompt_ids), but method={method} also needs {missing}, and its "
+            f"columns are {dataset.column_names}; give the raw data, or data that was prepared for this method."
+        )
+    if "row" not in dataset.column_names:
+        dataset = dataset.add_column("row", list(range(len(dataset))))
+    dataset = dataset.select_columns(list(columns))
+    report = DataReport(name, "tokenised examples", "completions" if method == "kto" else "pairs", len(dataset))
+    report.measure([tuple(len(row[c]) for c in columns if c.endswith("_ids")) for row in dataset])
+    report.longest = report.lengths["total"][-1] if len(dataset) else 0
+    if not len(dataset):
+        raise DataError(f"{name}: the tokenised dataset has 0 rows, so there is nothing to learn; give one with rows.")
+    return dataset, report
+
+
+@dataclass
+class DataReport:
+    """What became of a dataset. Row numbers count raw rows from 0; lengths are in tokens.
+
+    `dropped`: reason -> rows. `lengths`: "prompt", "completion", "total" (prompt + longest completion) -> (median,
+    95th percentile, longest) of what was kept, after cutting. `longest`: the longest total before cutting.
+    """
+
+    name: str
+    format: str
+    unit: str
+    rows_read: int
+    rows_kept: int = 0
+    dropped: dict[str, list[int]] = field(default_factory=dict)
+    prompts_cut: int = 0
+    completions_cut: int = 0
+    lengths: dict[str, tuple[int, int, int]] = field(default_factory=dict)
+    longest: int = 0
+
+    def drop(self, reason: str, row: int) -> None:
+        """Notes a dropped row, once per reason (the rows of a pair split for KTO are met twice)."""
+        rows = self.dropped.setdefault(reason, [])
+        place = bisect.bisect_left(rows, row)
+        if rows[place : place + 1] != [row]:
+            rows.insert(place, row)
+
+    def measure(self, sizes: list[tuple[int, ...]]) -> None:
+        """Fills in `rows_kept` and `lengths` from (prompt, completion, ...) lengths, one tuple per example."""
+        self.rows_kept = len(sizes)
+        if sizes:
+            self.lengths = {
+                "prompt": _quantiles([prompt for prompt, *_ in sizes]),
+                "completion": _quantiles([n for _, *completions in sizes for n in completions]),
+                "total": _quantiles([prompt + max(completions) for prompt, *completions in sizes]),
+            }
+
+    def render(self) -> str:
+        """A few lines for people; lists of rows are abbreviated after ten."""
+        lines = [f"{self.name}: {self.rows_read} {self.unit} read as {self.format}; {self.rows_kept} kept"]
+        if self.dropped:
+            lines[0] += f"; dropped {sum(map(len, self.dropped.values()))}: {self.reasons()}"
+        if self.lengths:
+            parts = [f"{key} {' / '.join(map(str, values))}" for key, values in self.lengths.items()]
+            lines.append(f"  tokens (median / 95% / longest): {', '.join(parts)}")
+        if self.prompts_cut or self.completions_cut:
+            lines.append(
+                f"  cut to fit: {self.prompts_cut} prompts at their start, {self.completions_cut} completions at "
+                f"their end (these have no EOS); uncut, the longest row has {self.longest} tokens"
+            )
+        return "\n".join(lines)
+
+    def reasons(self) -> str:
+        """The reasons with their rows, e.g. "empty completion (rows 3, 8)"."""
+        return "; ".join(f"{reason} ({_rows(rows)})" for reason, rows in self.dropped.items())
+
+
+def _rows(rows: list[int]) -> str:
+    more = f" and {len(rows) - 10} more" if len(rows) > 10 else ""
+    return f"row{'s' * (len(rows) > 1)} {', '.join(map(str, rows[:10]))}{more}"
+
+
+def _quantiles(values: list[int]) -> tuple[int, int, int]:
+    """(median, 95th percentile, maximum), by nearest rank."""
+    ordered = sorted(values)
+    median, high = (ordered[math.ceil(q * len(ordered)) - 1] for q in (0.5, 0.95))
+    return median, high, ordered[-1]

@@ -1,0 +1,304 @@
+"""The trainer: the one place where model, losses and configuration meet.
+
+transformers' `Trainer` runs the loop, the optimiser, the schedule, logging and several GPUs. lorat adds what
+a moving reference needs: a device batch is the statistical unit and is split into packs by a token budget;
+the loss of an optimiser step is the mean over its examples, whatever the packs, the accumulation or the
+ranks; the reference moves after the step. Checkpoints are in `trainer_checkpoint.py`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from datasets import Dataset
+from peft import PeftConfig, PeftModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainerCallback
+from transformers import ProgressCallback as PlainProgressCallback
+
+from .adapters import attach, load_base, load_tokenizer, lora_config, train_policy_only_
+from .callbacks import ProgressCallback, ReferenceCallback, SignalCallback, Throughput, opening_lines
+from .config import TrustRegionConfig
+from .data import prepare
+from .errors import ConfigError, NonFiniteError
+from .logprobs import Head, LogProbs, check_head, policy_and_reference
+from .losses import kto_baseline
+from .metrics import Averages
+from .objectives import Outcome, Row, mismatched_rows, objective
+from .packing import Batch, collate, pad_rows, split_rows
+from .reference import POLICY, adapter_parameters, distance, snapshot
+from .tokenization import check_tokenizer
+from .trainer_checkpoint import CheckpointMixin
+
+
+@dataclass
+class Step:
+    """An optimiser step in progress: its batches on this rank, and the number of its examples on all ranks."""
+
+    batches: list[Batch]
+    count: float
+    z0: Tensor | None = None
+
+
+class TrustRegionTrainer(CheckpointMixin, Trainer):
+    """Trains a LoRA policy on preference data against a reference that moves: TR-DPO, TR-IPO, TR-KTO.
+
+    `model`: a name, a base model, or a `PeftModel` whose adapter `default` is the policy. `args`: a
+    `TrustRegionConfig`. Datasets: any format `lorat.data` reads, or already tokenised. `processing_class`: the
+    tokenizer. `peft_config`: the adapter, instead of the `lora_*` fields. Raises a `LoratError` before training
+    for whatever cannot work.
+    """
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | PeftModel | None = None,
+        args: TrustRegionConfig | None = None,
+        train_dataset: Dataset | None = None,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        peft_config: PeftConfig | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+    ) -> None:
+        args = args if args is not None else TrustRegionConfig()
+        if isinstance(model, str):
+            args.model_name_or_path = model
+        tokenizer = processing_class if processing_class is not None else load_tokenizer(args)
+        self.pad_id = check_tokenizer(tokenizer)
+        self.reports = []
+        train_dataset = self._prepared(train_dataset, tokenizer, args, "train")
+        if isinstance(eval_dataset, dict):
+            eval_dataset = {k: self._prepared(d, tokenizer, args, f"eval_{k}") for k, d in eval_dataset.items()}
+        else:
+            eval_dataset = self._prepared(eval_dataset, tokenizer, args, "eval")
+        base = load_base(args) if model is None or isinstance(model, str) else model
+        torch.manual_seed(args.seed)  # the adapter's first values do not depend on what was drawn before
+        model = attach(
+            base,
+            peft_config if peft_config is not None else lora_config(args),
+            policy_adapter=args.policy_adapter,
+            ref_adapter=args.ref_adapter,
+            check_base=args.check_adapter_base,
+        )
+        if args.checkpointing:
+            model.enable_input_require_grads()  # else a frozen embedding leaves lora_B at zero under checkpointing
+        if args.ddp_find_unused_parameters is None:
+            args.ddp_find_unused_parameters = False
+        if args.n_gpu > 1:
+            args._n_gpu = 1  # one process, one GPU; several GPUs are for torchrun
+        self.rule = args.update_rule()
+        self.averages, self.eval_averages = Averages(), Averages()
+        self.tokens = Throughput()
+        self.objective = objective(args.method)
+        self._step: Step | None = None
+        self._suspects: list[tuple[list[int], Tensor]] = []
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=collate,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=tokenizer,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        self.head = Head.of(self.model)
+        check_head(self.model, self.head, args.device)
+        self.start = snapshot(self.model, POLICY)
+        for plain in (PlainProgressCallback, PrinterCallback):
+            self.remove_callback(plain)
+        self.signals, self.progress = SignalCallback(self), ProgressCallback(self)
+        for callback in (ReferenceCallback(self), self.signals, self.progress):
+            self.add_callback(callback)
+
+    def _prepared(self, dataset: Dataset | None, tokenizer: Any, args: TrustRegionConfig, name: str) -> Dataset | None:
+        if dataset is None:
+            return None
+        dataset, report = prepare(
+            dataset,
+            tokenizer,
+            method=args.method,
+            max_length=args.max_length,
+            max_prompt_length=args.max_prompt_length,
+            overlong=args.overlong,
+            name=name,
+        )
+        self.reports.append(report)
+        return dataset
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The optimiser over the policy's tensors, chosen by name; raises `ConfigError` if it got any other."""
+        train_policy_only_(self.model)
+        optimizer = super().create_optimizer(*(() if model is None else (model,)))
+        given = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        if given != {id(p) for p in adapter_parameters(self.model, POLICY).values()}:
+            raise ConfigError("the optimiser does not hold the policy's tensors and nothing else; pass none of your own.")
+        return optimizer
+
+    def opening_lines(self, steps: int) -> list[str]:
+        """How the reference will move in a run of `steps` optimiser steps, in words."""
+        return opening_lines(self.rule, self.args.beta, steps)
+
+    # ---- an optimiser step ----
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        samples, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        batches = [s["batch"] for s in samples]
+        self._leave_out_filler(batches)
+        count = torch.tensor(float(sum(sum(b.weights) for b in batches)), device=self.args.device)
+        self._step = Step(batches, self._summed(count).item())
+        return samples, None
+
+    def _leave_out_filler(self, batches: list[Batch]) -> None:
+        """Weight 0 for the examples that accelerate repeats to give every rank a full last batch."""
+        state = self.accelerator.gradient_state
+        if self.args.world_size == 1 or not batches or not state.end_of_dataloader or state.remainder <= 0:
+            return
+        last = batches[-1]
+        real = min(max(state.remainder - self.args.process_index * len(last), 0), len(last))
+        last.weights = [1.0] * real + [0.0] * (len(last) - real)
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch=None) -> Tensor:
+        """Backpropagate a device batch, pack by pack; returns its share of the step's mean loss."""
+        model.train()
+        if callable(getattr(self.optimizer, "train", None)):
+            self.optimizer.train()
+        step, batch = self._step, inputs["batch"]
+        if step.z0 is None:
+            step.z0 = self._baseline(step.batches)
+            self._suspects.clear()
+        packs = self._packs(batch)
+        total = torch.zeros((), device=self.args.device)
+        for i, indices in enumerate(packs):
+            sync = contextlib.nullcontext() if i == len(packs) - 1 else self.accelerator.no_sync(model)
+            with sync:
+                out, weights = self._outcome(model, batch, indices, step.z0)
+                # DDP averages gradients over ranks, the Trainer averages losses: both want the sum.
+                loss = (out.losses * weights).sum() * (self.args.world_size / step.count)
+                self.accelerator.backward(loss)
+            total += loss.detach()
+            self._suspects.append(([batch.examples[j]["row"] for j in indices], out.losses.detach()))
+            self._record(self.averages, out, weights)
+        return total
+
+    def _packs(self, batch: Batch) -> list[list[int]]:
+        lengths = [[len(p) + len(c) for p, c in self.objective.rows(e)] for e in batch.examples]
+        return split_rows(lengths, self.args.max_tokens_per_pack)
+
+    def _outcome(self, model: nn.Module, batch: Batch, indices: list[int], z0: Tensor) -> tuple[Outcome, Tensor]:
+        examples = [batch.examples[i] for i in indices]
+        lp = self._logprobs(model, [row for e in examples for row in self.objective.rows(e)])
+        weights = torch.tensor([batch.weights[i] for i in indices], device=self.args.device)
+        return self.objective.outcome(examples, lp, z0, self.args), weights
+
+    def _logprobs(self, model: nn.Module, rows: list[Row]) -> LogProbs:
+        pack = pad_rows(rows, self.pad_id).to(self.args.device)
+        if self.model.training:
+            self.tokens.total += sum(len(p) + len(c) for p, c in rows) * self.args.world_size
+
+        def forward(*_: Any) -> LogProbs:
+            with self.accelerator.autocast():
+                return policy_and_reference(self.model, self.head, pack)
+
+        return forward() if model is self.model else through(model, self.model, forward, pack.input_ids)
+
+    @torch.no_grad()
+    def _baseline(self, batches: list[Batch]) -> Tensor:
+        """KTO's z0 over the whole optimiser step, on all ranks; 0 for the other methods."""
+        if not self.objective.baseline:
+            return torch.zeros((), device=self.args.device)
+        mine = [[self.objective.rows(e)[0] for e, w in zip(b.examples, b.weights) if w] for b in batches]
+        everyone = gather_object([mine]) if self.args.world_size > 1 else [mine]
+        rows = mismatched_rows(everyone, self.args.process_index)
+        training = self.model.training
+        self.model.eval()
+        sums = torch.zeros(2, dtype=torch.float64, device=self.args.device)
+        for indices in split_rows([[len(p) + len(c)] for p, c in rows], self.args.max_tokens_per_pack):
+            lp = self._logprobs(self.model, [rows[i] for i in indices])
+            sums += torch.stack([lp.logratios.double().sum(), torch.tensor(float(len(indices))).to(sums)])
+        self.model.train(training)
+        total, n = self._summed(sums)
+        return kto_baseline((total / n).reshape(1) if n > 0 else total.new_zeros(0)).float()
+
+    def _summed(self, x: Tensor) -> Tensor:
+        return self.accelerator.reduce(x, "sum") if self.args.world_size > 1 else x
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm=None):
+        """The gradient norm, and the gate before the optimiser: nothing non-finite passes."""
+        grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        bad = [row for rows, values in self._suspects for row, v in zip(rows, values.isfinite().tolist()) if not v]
+        if bad or not (self.args.fp16 or torch.isfinite(torch.as_tensor(grad_norm)).item()):
+            rows = bad or [row for rows, _ in self._suspects for row in rows]
+            what = "loss" if bad else f"gradient (norm {float(grad_norm)})"
+            raise NonFiniteError(
+                f"step {self.state.global_step + 1}: the {what} is not finite, for dataset rows {rows[:16]}"
+                f"{' …' if len(rows) > 16 else ''}. The run stopped before the policy, the reference or a checkpoint "
+                "could take it in; the last checkpoint is good. Look at those rows, lower learning_rate or set "
+                "max_grad_norm, and resume with resume_from_checkpoint: true."
+            )
+        return grad_norm
+
+    def _record(self, averages: Averages, out: Outcome, weights: Tensor) -> None:
+        averages.add("loss", out.losses, weights)
+        for name, (values, own) in out.metrics.items():
+            averages.add(name, values, own * weights)
+
+    # ---- logs and evaluation ----
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add lorat's metrics to a training log, averaged over the examples since the last one."""
+        if "loss" in logs:
+            logs.update(self.averages.means(self._summed if self.args.world_size > 1 else None))
+            self.averages.reset()
+            logs["reference/updates"] = self.rule.updates
+            logs["reference/lag"] = self.rule.age
+            logs["reference/distance"] = distance(self.model)
+            logs["start/distance"] = distance(self.model, POLICY, self.start)
+            logs["num_tokens"] = self.tokens.total
+            logs["tokens_per_second"] = self.tokens.lap()
+        super().log(logs, start_time)
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        return 0  # Trainer's estimate needs input_ids in the batch; `num_tokens` says what was done
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """Losses and metrics of one evaluation batch, nothing else; returns `(mean loss, None, None)`."""
+        batch = inputs["batch"]
+        z0 = self._baseline([batch])
+        with torch.no_grad():
+            parts = [(i, self._outcome(self.model, batch, i, z0)[0]) for i in self._packs(batch)]
+        order = torch.tensor([j for i, _ in parts for j in i]).argsort().to(self.args.device)
+        losses = torch.cat([out.losses for _, out in parts])[order]
+        names = list(parts[0][1].metrics)
+        columns = [losses, torch.ones_like(losses)]
+        for name in names:
+            for k in (0, 1):
+                columns.append(torch.cat([out.metrics[name][k] for _, out in parts])[order])
+        table = self.accelerator.gather_for_metrics(torch.stack(columns, 1))
+        for k, name in enumerate(["loss", *names]):
+            self.eval_averages.add(name, table[:, 2 * k], table[:, 2 * k + 1])
+        return losses.mean(), None, None
+
+    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
+        self.eval_averages.reset()
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        output.metrics.update({f"{metric_key_prefix}_{k}": v for k, v in self.eval_averages.means().items()})
+        return output
+
+
+def through(wrapper: nn.Module, module: nn.Module, function: Callable[..., Any], *inputs: Any) -> Any:
+    """Call `function` as if it were `module.forward`, through `wrapper` (DDP), so that its hooks run."""
+    mine = module.__dict__.get("forward")
+    module.forward = function
+    try:
+        return wrapper(*inputs)
+    finally:
+        if mine is None:
+            del module.forward
+        else:
+            module.forward = mine

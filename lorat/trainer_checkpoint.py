@@ -1,0 +1,232 @@
+"""The trainer's saving, loading and resuming: both adapters, the rule's state, and a run's identity.
+
+A checkpoint holds the policy at its root, the reference in `ref/`, `lorat_state.json` (update rule, running
+averages, token count), and what the Trainer keeps (optimiser, schedule, RNG, position). The Trainer writes
+its part into a staging folder; `checkpoint.publish` makes it whole. No pickle is written but torch's own
+optimiser and RNG files, which are read with `weights_only=True`.
+"""
+
+from __future__ import annotations
+
+import logging
+import pickle
+import shutil
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from safetensors import SafetensorError
+from transformers import Trainer
+from transformers.trainer_utils import rotate_checkpoints
+
+from . import checkpoint as ck
+from .adapters import load_adapter_, train_policy_only_
+from .errors import CheckpointError
+from .modelcard import write_model_card
+from .reference import POLICY, REFERENCE, snapshot
+
+logger = logging.getLogger("lorat")
+
+# Settings that do not bend a run's trajectory beyond rounding, so that a resumed run may change them.
+FREE = {
+    "save_reference",
+    "max_tokens_per_pack",
+    "overwrite_output_dir",
+    "eval_dataset_name",
+    "eval_dataset_split",
+    "check_adapter_base",
+    "tokenizer_name_or_path",
+    "model_revision",
+}
+TRAINER_FIELDS = (
+    "learning_rate",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "optim",
+    "weight_decay",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "max_grad_norm",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "num_train_epochs",
+    "max_steps",
+    "seed",
+    "data_seed",
+    "bf16",
+    "fp16",
+    "world_size",
+)
+
+
+class CheckpointMixin(Trainer):
+    """Saving and loading of `TrustRegionTrainer`; not a trainer on its own."""
+
+    _staging = False
+    _unsaved = False
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any):
+        """Train, or go on from a checkpoint: None, True (the last whole one), "auto", or a folder.
+
+        Raises `CheckpointError` for an output folder that holds another run and for a checkpoint that is torn
+        or belongs to other settings.
+        """
+        output_dir = Path(self.args.output_dir)
+        folder, notes = ck.resolve_resume(resume_from_checkpoint, output_dir)
+        for note in notes:
+            logger.warning(note)
+        if self.args.should_save:
+            ck.guard_output_dir(output_dir, folder is not None, self.args.overwrite_output_dir)
+            output_dir.mkdir(parents=True, exist_ok=True)
+        if folder is not None:
+            saved = ck.read_json(folder / ck.STATE)
+            ck.check_same_run(saved["run"], self.run_identity(), folder)
+        elif self.args.should_save:
+            self.model.save_pretrained(
+                str(output_dir / ck.START), selected_adapters=[POLICY], save_embedding_layers=False
+            )
+            ck.write_json(output_dir / ck.RUN, self.run_identity())
+        self.accelerator.wait_for_everyone()
+        try:
+            return super().train(resume_from_checkpoint=str(folder) if folder else None, **kwargs)
+        finally:
+            self.signals.restore()
+            self.progress.stop()
+
+    def run_identity(self) -> dict[str, Any]:
+        """Every setting that decides a run's trajectory, as JSON has it."""
+        own = {k: v for k, v in self.args.own_fields().items() if k not in FREE}
+        theirs = {k: getattr(self.args, k) for k in TRAINER_FIELDS if hasattr(self.args, k)}
+        plain = {k: str(getattr(v, "value", v)) if k in ("optim", "lr_scheduler_type") else v for k, v in theirs.items()}
+        data = {"train_examples": len(self.train_dataset)} if self.train_dataset is not None else {}
+        return {**own, **plain, **data}
+
+    # ---- writing ----
+
+    def _get_output_dir(self, trial=None) -> str:
+        folder = super()._get_output_dir(trial)
+        return str(Path(folder) / ck.SAVING) if self._staging else folder
+
+    def _save_checkpoint(self, model, trial) -> None:
+        """Write a checkpoint aside and publish it; a failure (a full disk) leaves the earlier ones and the run alone."""
+        run_dir = Path(self._get_output_dir(trial))
+        name = f"checkpoint-{self.state.global_step}"
+        staged, final = run_dir / ck.SAVING / name, run_dir / name
+        if self.args.should_save:
+            shutil.rmtree(run_dir / ck.SAVING, ignore_errors=True)
+        averages = {k: list(v) for k, v in self.averages.reduced(self._summed).items()}
+        self.accelerator.wait_for_everyone()
+        failure: Exception | None = None
+        self._staging = True
+        try:
+            super()._save_checkpoint(model, trial)
+            if self.args.should_save:
+                state = {"rule": self.rule.state_dict(), "averages": averages, "tokens": self.tokens.total}
+                ck.write_json(staged / ck.STATE, {**state, "run": self.run_identity()})
+                if self.state.best_model_checkpoint:
+                    best = Path(self.state.best_model_checkpoint).name
+                    self.state.best_model_checkpoint = str(run_dir / best)
+                    self.state.save_to_json(str(staged / "trainer_state.json"))
+        except (OSError, RuntimeError, SafetensorError) as error:
+            failure = error
+        finally:
+            self._staging = False
+        failed = self._summed(self._flag(failure is not None)).item() > 0
+        if self.args.should_save:
+            if not failed:
+                try:
+                    ck.publish(staged, final)
+                except OSError as error:
+                    failure, failed = error, True
+            shutil.rmtree(run_dir / ck.SAVING, ignore_errors=True)
+            if failed:
+                logger.warning(self._failure_words(final, failure))
+            else:
+                best = self.state.best_model_checkpoint
+                rotate_checkpoints(str(run_dir), self.args.save_total_limit, best, use_mtime=False)
+        self._unsaved = self._summed(self._flag(failed)).item() > 0
+        self.accelerator.wait_for_everyone()
+
+    def _flag(self, value: bool):
+        import torch
+
+        return torch.tensor(float(value), device=self.args.device)
+
+    def _failure_words(self, final: Path, error: Exception | None) -> str:
+        free = shutil.disk_usage(final.parent).free / 2**20
+        last, _ = ck.last_whole(final.parent)
+        return (
+            f"{final.name} could not be written to {str(final.parent)!r} ({free:,.0f} MiB free): {error}. The run goes on "
+            f"and tries again at the next log; the last good checkpoint is {last.name if last else 'none yet'}. Free "
+            "space there, or stop with Ctrl-C and set save_total_limit or another output_dir."
+        )
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        super().log(logs, start_time)
+        if self._unsaved and "loss" in logs:
+            self.control.should_save = True
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """The policy at the root; the reference in `ref/` of a checkpoint, or where `save_reference` asks for it."""
+        folder = Path(output_dir or self.args.output_dir)
+        adapters = [POLICY, REFERENCE] if self._staging or self.args.save_reference else [POLICY]
+        self.model.save_pretrained(str(folder), selected_adapters=adapters, save_embedding_layers=False)
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(str(folder))
+        if not self._staging:
+            write_model_card(folder, self)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the policy as a plain PEFT adapter with a model card; raises `CheckpointError` if the disk refuses."""
+        if _internal_call:
+            return super().save_model(output_dir, _internal_call)
+        try:
+            super().save_model(output_dir, _internal_call)
+        except (OSError, SafetensorError) as error:
+            folder = output_dir or self.args.output_dir
+            last, _ = ck.last_whole(Path(self.args.output_dir))
+            raise CheckpointError(
+                f"the adapter could not be written to {folder!r}: {error}. Free space there or set another output_dir; "
+                f"the last good checkpoint is {str(last) if last else 'none'}, resume from it with "
+                "resume_from_checkpoint: true."
+            ) from error
+
+    # ---- reading ----
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        """Policy, reference, start, rule and averages of a checkpoint, each tensor verified."""
+        folder = Path(resume_from_checkpoint)
+        saved = ck.read_json(folder / ck.STATE)
+        target: PeftModel = self.model
+        if (folder.parent / ck.START).is_dir():
+            load_adapter_(target, folder.parent / ck.START, POLICY)
+            self.start = snapshot(target, POLICY)
+        load_adapter_(target, folder, POLICY)
+        load_adapter_(target, folder / REFERENCE, REFERENCE)
+        train_policy_only_(target)
+        self.rule.load_state_dict(saved["rule"])
+        averages = saved["averages"] if self.args.process_index == 0 else {k: [0.0, 0.0] for k in saved["averages"]}
+        self.averages.load_state_dict(averages, self.args.device)
+        self.tokens.total = self.tokens._marked = int(saved["tokens"])
+
+    def _load_best_model(self) -> None:
+        best = Path(self.state.best_model_checkpoint)
+        load_adapter_(self.model, best, POLICY)
+        load_adapter_(self.model, best / REFERENCE, REFERENCE)
+        train_policy_only_(self.model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        self._without_pickles(super()._load_optimizer_and_scheduler, checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        self._without_pickles(super()._load_rng_state, checkpoint)
+
+    def _without_pickles(self, load: Any, checkpoint: str | None) -> None:
+        try:
+            load(checkpoint)
+        except pickle.UnpicklingError as error:
+            raise CheckpointError(
+                f"{checkpoint!r} holds a file that would run code when it is read, so it was not read "
+                f"({str(error).splitlines()[0]}). It was not written by lorat; resume from one that was."
+            ) from error

@@ -1,0 +1,138 @@
+"""Which settings cannot be combined: every contradiction of a configuration, found at once.
+
+A check is a condition and a sentence that says what was given, why it cannot work and what to set.
+Only fields are looked at; whether files exist or a model fits its adapter is found where they are read.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from .errors import ConfigError
+
+if TYPE_CHECKING:
+    from .config import TrustRegionConfig
+
+CHOICES = {
+    "method": ("dpo", "ipo", "kto"),
+    "sync": ("frozen", "soft", "hard"),
+    "overlong": ("truncate", "drop"),
+    "dtype": ("auto", "bfloat16", "float16", "float32"),
+    "bnb_4bit_quant_type": ("nf4", "fp4"),
+}
+
+
+def check_config(config: TrustRegionConfig) -> None:
+    """Raise one `ConfigError` that names every contradiction in `config`; return None if there is none."""
+    problems = [*_choices(config), *_method(config), *_reference(config), *_adapter(config), *_data(config)]
+    problems += _run(config)
+    if problems:
+        head = "This configuration cannot work:" if len(problems) > 1 else "This setting cannot work:"
+        raise ConfigError("\n".join([head, *(f"  - {p}" for p in problems)]))
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _choices(c: TrustRegionConfig):
+    for name, allowed in CHOICES.items():
+        if getattr(c, name) not in allowed:
+            yield f"{name}={getattr(c, name)!r} is not known; set one of: {', '.join(allowed)}."
+
+
+def _method(c: TrustRegionConfig):
+    if not _number(c.beta) or c.beta <= 0:
+        yield (
+            f"beta={c.beta} would not tie the policy to the reference at all (or push it away); "
+            "set beta above 0 (usual: 0.01 to 0.5)."
+        )
+    if not _number(c.label_smoothing) or not 0 <= c.label_smoothing < 0.5:
+        yield (
+            f"label_smoothing={c.label_smoothing} says that half of the labels or more are flipped; "
+            "set 0 <= label_smoothing < 0.5."
+        )
+    if c.label_smoothing and c.method != "dpo":
+        yield f"label_smoothing={c.label_smoothing} belongs to DPO, method is {c.method}; remove it or set method: dpo."
+    if c.robust and c.method != "dpo":
+        yield f"robust=True is a form of DPO, method is {c.method}; remove it or set method: dpo."
+    if c.robust and c.method == "dpo" and not c.label_smoothing:
+        yield "robust=True without label_smoothing is plain DPO; set label_smoothing (e.g. 0.1) or remove robust."
+    if c.length_normalize and c.method == "kto":
+        yield "length_normalize is not defined for KTO, whose baseline is a sum over tokens; remove it."
+    for name in ("desirable_weight", "undesirable_weight"):
+        value = getattr(c, name)
+        if not _number(value) or value < 0:
+            yield f"{name}={value} would reward the opposite; set it to 0 or more."
+        elif value != 1.0 and c.method != "kto":
+            yield f"{name}={value} belongs to KTO, method is {c.method}; remove it or set method: kto."
+
+
+def _reference(c: TrustRegionConfig):
+    if c.sync_alpha is not None and (not _number(c.sync_alpha) or not 0 <= c.sync_alpha <= 1):
+        yield (
+            f"sync_alpha={c.sync_alpha} is outside [0, 1]: the reference would run past the policy or away from it; "
+            "set a share between 0 (frozen) and 1 (copy)."
+        )
+    if c.sync_every is not None and (not _number(c.sync_every) or c.sync_every < 1 or c.sync_every % 1):
+        yield (
+            f"sync_every={c.sync_every} is not a number of optimiser steps; "
+            "set a whole number of at least 1 (or sync: frozen, to never move the reference)."
+        )
+    if c.sync == "frozen":
+        for name in ("sync_alpha", "sync_every"):
+            if getattr(c, name) is not None:
+                yield f"{name}={getattr(c, name)} moves a reference that sync=frozen holds still; remove one of the two."
+    if c.sync == "hard" and c.sync_alpha not in (None, 1, 1.0):
+        yield f"sync=hard copies the policy, sync_alpha={c.sync_alpha} asks for a blend; set sync: soft or remove it."
+
+
+def _adapter(c: TrustRegionConfig):
+    for name in ("lora_r", "lora_alpha"):
+        if not _number(getattr(c, name)) or getattr(c, name) < 1:
+            yield f"{name}={getattr(c, name)} leaves the adapter without effect; set it to 1 or more."
+    if not _number(c.lora_dropout) or not 0 <= c.lora_dropout < 1:
+        yield f"lora_dropout={c.lora_dropout} is not a probability below 1; set 0 <= lora_dropout < 1."
+    if not c.lora_target_modules:
+        yield "lora_target_modules is empty, so nothing would be trained; set all-linear or a list of module names."
+
+
+def _data(c: TrustRegionConfig):
+    if c.max_length is not None and c.max_length < 2:
+        yield (
+            f"max_length={c.max_length} has no room for a prompt token and a completion token; set 2 or more (or null)."
+        )
+    if c.max_prompt_length is not None and c.max_prompt_length < 1:
+        yield f"max_prompt_length={c.max_prompt_length} leaves no prompt; set 1 or more, or remove it."
+    if c.max_length and c.max_prompt_length and c.max_prompt_length >= c.max_length:
+        yield (
+            f"max_prompt_length={c.max_prompt_length} leaves no room for a completion in max_length={c.max_length}; "
+            "set max_prompt_length below max_length."
+        )
+
+
+def _run(c: TrustRegionConfig):
+    if c.max_tokens_per_pack < 1:
+        yield f"max_tokens_per_pack={c.max_tokens_per_pack} holds no token; set e.g. 8192."
+    if c.bf16 and c.fp16:
+        yield "bf16 and fp16 are both on; keep bf16 (Ampere and newer) or fp16 (older cards)."
+    if c.label_smoothing_factor:
+        yield (
+            f"label_smoothing_factor={c.label_smoothing_factor} smooths next-token labels, which preference losses do "
+            "not have; set label_smoothing instead."
+        )
+    if c.neftune_noise_alpha is not None:
+        yield "neftune_noise_alpha adds noise to the policy that the reference does not see; remove it."
+    if c.use_liger_kernel:
+        yield "use_liger_kernel replaces the head that lorat computes log-probs with; remove it."
+    if c.auto_find_batch_size:
+        yield "auto_find_batch_size changes the mathematics to save memory; set max_tokens_per_pack instead."
+    if c.deepspeed or c.fsdp:
+        yield "deepspeed and fsdp shard a model that lorat keeps whole, in 4-bit, on each GPU; use torchrun alone."
+    accelerator = c.accelerator_config
+    split = (
+        accelerator.get("split_batches") if isinstance(accelerator, dict) else getattr(accelerator, "split_batches", 0)
+    )
+    if split:
+        yield "split_batches changes how many examples a rank holds; remove it from accelerator_config."

@@ -1,0 +1,139 @@
+"""Small real models and tokenizers, made from configurations and saved to disk, for every test that needs one."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that reaches for the hub is a bug
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+WORDS = "the a small big red dog cat bird runs sleeps sings in on park house tree and or quickly softly . ? :".split()
+SHARED = Path(__file__).parents[2] / "shared" / "data"
+PEFT_TARGETS = ["query_key_value", "dense"]
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    vocabulary = {w: i for i, w in enumerate(["<pad>", "<end>", "<unk>", *WORDS])}
+    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="<pad>", eos_token="<end>", unk_token="<unk>", clean_up_tokenization_spaces=False
+    )
+
+
+def sentence(rng: random.Random, low: int = 1, high: int = 9) -> str:
+    return " ".join(rng.choice(WORDS) for _ in range(rng.randint(low, high)))
+
+
+def make_pairs(n: int, seed: int = 0) -> list[dict[str, str]]:
+    """`n` pairs of random words, prompts and completions of 1 to 9 words, chosen never equal to rejected."""
+    rng, out = random.Random(seed), []
+    while len(out) < n:
+        pair = {"prompt": sentence(rng), "chosen": " " + sentence(rng), "rejected": " " + sentence(rng)}
+        if pair["chosen"] != pair["rejected"]:
+            out.append(pair)
+    return out
+
+
+def save_neox(folder: Path, seed: int = 0, hidden: int = 64, layers: int = 2) -> str:
+    torch.manual_seed(seed)
+    tokenizer = make_tokenizer()
+    config = GPTNeoXConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        max_position_embeddings=128,
+        initializer_range=0.2,  # logits wide enough that a wrong one shows
+    )
+    GPTNeoXForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def neox(tmp_path_factory) -> str:
+    """A folder with a two-layer GPT-NeoX of 64 dimensions and a word-level tokenizer."""
+    return save_neox(tmp_path_factory.mktemp("neox"))
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory) -> str:
+    """The same for Llama: another architecture, another head name, grouped queries."""
+    folder = tmp_path_factory.mktemp("llama")
+    torch.manual_seed(1)
+    tokenizer = make_tokenizer()
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        initializer_range=0.2,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return make_tokenizer()
+
+
+@pytest.fixture
+def real_hh() -> Path:
+    """The real Anthropic-HH pairs, where they lie beside the project."""
+    path = SHARED / "hh-harmless-base" / "test-mild.jsonl"
+    if not path.exists():
+        pytest.skip("the real Anthropic-HH pairs are not on this machine")
+    return path
+
+
+@pytest.fixture
+def real_pythia_tokenizer() -> Path:
+    path = SHARED / "pythia-tokenizer"
+    if not path.exists():
+        pytest.skip("the real Pythia tokenizer is not on this machine")
+    return path
+
+
+def run_config(model: str, out: Path | str, **changes):
+    """Settings of a short deterministic run on the CPU in float32, in 4-bit unless changed."""
+    from lorat.config import TrustRegionConfig
+
+    values = dict(
+        model_name_or_path=model,
+        output_dir=str(out),
+        use_cpu=True,
+        bf16=False,
+        activation_checkpointing=False,
+        learning_rate=1e-2,
+        lr_scheduler_type="constant",
+        per_device_train_batch_size=4,
+        per_device_eval_batch_size=4,
+        logging_steps=1,
+        save_strategy="no",
+        num_train_epochs=1,
+        max_length=64,
+        lora_r=4,
+        lora_alpha=8,
+        sync="frozen",
+        disable_tqdm=True,
+        seed=7,
+    )
+    values.update(changes)
+    if not hasattr(TrustRegionConfig, "activation_checkpointing") and "activation_checkpointing" in values:
+        values["gradient_checkpointing"] = values.pop("activation_checkpointing")
+    return TrustRegionConfig(**values)
