@@ -1,9 +1,8 @@
-"""One base model, two adapters on it: load, attach, switch, save and load back.
+"""Two adapters on one base: attach, switch, and load back verified.
 
-The base is loaded once, in 4-bit unless asked otherwise, and never trained. The policy is PEFT's adapter
-`default`, the reference is `ref`. Both are float32 whatever the base computes in: a slow blend in bf16
-rounds to nothing. Files are safetensors only; a pickle is never opened. Loading is verified tensor by
-tensor, since a silently half-loaded adapter trains a wrong model for hours.
+The policy is PEFT's adapter `default`, the reference is `ref`. Both are float32 whatever the base computes
+in: a slow blend in bf16 rounds to nothing. Files are safetensors only; a pickle is never opened. Loading is
+verified tensor by tensor, since a silently half-loaded adapter trains a wrong model for hours.
 """
 
 from __future__ import annotations
@@ -12,105 +11,25 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-from .errors import ConfigError, ModelError
-from .reference import POLICY, REFERENCE, adapter_parameters, copy_
+from .base import keep_trainable_on_cpu_
+from .errors import ModelError, first_line
+from .reference import POLICY, REFERENCE, adapter_parameters, copy_, paired
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
     from .config import TrustRegionConfig
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
-
-
-def load_tokenizer(config: TrustRegionConfig) -> PreTrainedTokenizerBase:
-    """The tokenizer of the run; raises `ModelError` if there is none at the given place."""
-    name = config.tokenizer_name_or_path or config.model_name_or_path
-    try:
-        return AutoTokenizer.from_pretrained(
-            name, revision=config.model_revision or "main", trust_remote_code=config.trust_remote_code
-        )
-    except Exception as error:
-        raise ModelError(
-            f"no tokenizer could be loaded from {name!r} ({_first_line(error)}). Set tokenizer_name_or_path to a folder "
-            "or hub id that holds tokenizer.json, or put the tokenizer's files beside the model."
-        ) from error
-
-
-def load_base(config: TrustRegionConfig) -> PreTrainedModel:
-    """The base model, once, frozen, in 4-bit if `load_in_4bit`; one copy on this process's device.
-
-    Raises `ModelError` where the folder has no safetensors weights or the hub no such model.
-    """
-    name = config.model_name_or_path
-    if not name:
-        raise ConfigError("model_name_or_path is not set; give a hub id (EleutherAI/pythia-6.9b) or a local folder.")
-    common = dict(revision=config.model_revision or "main", trust_remote_code=config.trust_remote_code)
-    try:
-        model_config = AutoConfig.from_pretrained(name, **common)
-    except Exception as error:
-        raise ModelError(
-            f"{name!r} has no readable model configuration ({_first_line(error)}). Set model_name_or_path to a hub id "
-            "or to a folder that holds config.json and safetensors weights."
-        ) from error
-    for key, value in model_config.get_text_config().to_dict().items():
-        if key.endswith(("dropout", "pdrop")) and isinstance(value, float):
-            setattr(model_config.get_text_config(), key, 0.0)  # noise on a frozen base is noise in every log-ratio
-    device = torch.device("cpu") if config.use_cpu else config.device
-    kwargs: dict[str, Any] = dict(
-        common, config=model_config, dtype=config.torch_dtype, use_safetensors=True, device_map={"": device}
-    )
-    if config.attn_implementation:
-        kwargs["attn_implementation"] = config.attn_implementation
-    if config.load_in_4bit and getattr(model_config, "quantization_config", None) is None:
-        kwargs["quantization_config"] = quantization_config(config)
-    try:
-        model = AutoModelForCausalLM.from_pretrained(name, **kwargs)
-    except (OSError, ValueError) as error:
-        raise ModelError(
-            f"the weights of {name!r} could not be loaded ({_first_line(error)}). lorat reads safetensors only: the "
-            "folder or hub repository must hold model.safetensors (or its shards). Convert a pickled "
-            "pytorch_model.bin once with model.save_pretrained(...), or choose another model."
-        ) from error
-    model.requires_grad_(False)
-    keep_trainable_on_cpu_(model)
-    return model
-
-
-def keep_trainable_on_cpu_(model: nn.Module) -> None:
-    """Stop bitsandbytes from repacking 4-bit weights on the CPU at the first forward in eval mode.
-
-    On CPUs with AVX512-BF16 it does so for faster inference, in place and for good: the repacked product has
-    no gradient and rounds to bf16. Raises `ModelError` if that has happened already.
-    """
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
-            if getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False):
-                raise ModelError(
-                    "this 4-bit model has run inference on the CPU, where bitsandbytes repacks its weights into a form "
-                    "without gradients. Load it anew and hand it over before its first forward pass."
-                )
-
-
-def quantization_config(config: TrustRegionConfig) -> BitsAndBytesConfig:
-    """How bitsandbytes stores the base: 4-bit, dequantised to `config.torch_dtype` for each product."""
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type=config.bnb_4bit_quant_type,
-        bnb_4bit_use_double_quant=config.bnb_4bit_use_double_quant,
-        bnb_4bit_compute_dtype=config.torch_dtype,
-    )
 
 
 def lora_config(config: TrustRegionConfig) -> LoraConfig:
@@ -221,8 +140,6 @@ def _check_base(model: PreTrainedModel, config: PeftConfig, given: str, check: b
 
 
 def _check_pairs(model: PeftModel, given: str) -> None:
-    from .reference import paired
-
     try:
         paired(model, POLICY, REFERENCE)
     except ValueError as error:
@@ -234,7 +151,7 @@ def _read_adapter_config(folder: Path) -> PeftConfig:
         return PeftConfig.from_pretrained(str(folder))
     except Exception as error:
         raise ModelError(
-            f"{str(folder)!r} holds no readable {ADAPTER_CONFIG} ({_first_line(error)}); name a folder that PEFT saved."
+            f"{str(folder)!r} holds no readable {ADAPTER_CONFIG} ({first_line(error)}); name a folder that PEFT saved."
         ) from error
 
 
@@ -247,7 +164,7 @@ def adapter_folder(name: str) -> Path:
         try:
             folder = Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json"]))
         except Exception as error:
-            raise ModelError(f"adapter {name!r} is neither a folder nor a hub id ({_first_line(error)}).") from error
+            raise ModelError(f"adapter {name!r} is neither a folder nor a hub id ({first_line(error)}).") from error
     if not (folder / ADAPTER_WEIGHTS).is_file():
         pickled = " It holds adapter_model.bin, a pickle, which is never opened." if list(folder.glob("*.bin")) else ""
         raise ModelError(
@@ -298,7 +215,3 @@ def using_reference(model: PeftModel) -> Iterator[None]:
     finally:
         model.set_adapter(POLICY)
         model.train(training)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

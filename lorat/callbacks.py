@@ -6,6 +6,7 @@ import math
 import signal
 import threading
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -105,7 +106,9 @@ class ProgressCallback(TrainerCallback):
         if self.bar:
             self.bar.update(self.task, words=f"{self.words}{self._moved()}")
         elif not args.disable_tqdm and self.words:
-            self.console.print(f"step {state.global_step}/{state.max_steps}  {self.words}{self._moved()}", soft_wrap=True)
+            self.console.print(
+                f"step {state.global_step}/{state.max_steps}  {self.words}{self._moved()}", soft_wrap=True
+            )
 
     def _moved(self) -> str:
         rule = self.trainer.rule
@@ -123,7 +126,11 @@ class ProgressCallback(TrainerCallback):
 def describe_metrics(logs: dict[str, float]) -> str:
     """One line of a log: the numbers a person watches, those that are there."""
     prefix = "eval_" if any(k.startswith("eval_") for k in logs) else ""
-    names = [("loss", "loss", "{:.4f}"), ("rewards/accuracies", "acc", "{:.1%}"), ("rewards/margins", "margin", "{:+.3f}")]
+    names = [
+        ("loss", "loss", "{:.4f}"),
+        ("rewards/accuracies", "acc", "{:.1%}"),
+        ("rewards/margins", "margin", "{:+.3f}"),
+    ]
     names += [("kl", "z0", "{:.3f}"), ("tokens_per_second", "tok/s", "{:,.0f}")]
     parts = [f"{word} {form.format(logs[prefix + key])}" for key, word, form in names if prefix + key in logs]
     return ("eval: " if prefix and parts else "") + "  ".join(parts)
@@ -151,7 +158,9 @@ def opening_lines(rule: UpdateRule, beta: float, steps: int) -> list[str]:
         enough = math.ceil(50 / beta / (rule.lag + 0.5) * rule.every)  # lag grows in proportion to `every`
         advice = f"Set sync_every to {enough} for beta*lag near 50"
         if enough > steps // 2:
-            advice = f"A run of {steps} steps is too short for beta*lag near 50 at beta {beta:g}: raise beta or sync_every"
+            advice = (
+                f"A run of {steps} steps is too short for beta*lag near 50 at beta {beta:g}: raise beta or sync_every"
+            )
         lines.append(
             "It does not bind: the reference follows the policy so closely that beta has next to no effect. "
             f"{advice}, or set sync: frozen."
@@ -160,14 +169,19 @@ def opening_lines(rule: UpdateRule, beta: float, steps: int) -> list[str]:
 
 
 class Throughput:
-    """Tokens per second since the last log, of all ranks together."""
+    """Tokens that were trained on: `local` on this rank since the last log, `total` on all ranks before it."""
 
     def __init__(self) -> None:
-        self.total = 0
-        self._marked, self._at = 0, time.perf_counter()
+        self.local = self.total = 0
+        self._at = time.perf_counter()
 
-    def lap(self) -> float:
-        now = time.perf_counter()
-        rate = (self.total - self._marked) / max(now - self._at, 1e-9)
-        self._marked, self._at = self.total, now
-        return rate
+    def lap(self, summed: Callable[[torch.Tensor], torch.Tensor]) -> tuple[int, float]:
+        """`(total, tokens per second since the last call)`; `summed` adds a tensor over ranks."""
+        new, now = self.pending(summed), time.perf_counter()
+        rate = new / max(now - self._at, 1e-9)
+        self.local, self.total, self._at = 0, self.total + new, now
+        return self.total, rate
+
+    def pending(self, summed: Callable[[torch.Tensor], torch.Tensor]) -> int:
+        """Tokens of all ranks since the last log."""
+        return int(summed(torch.tensor([self.local])).item())

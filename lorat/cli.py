@@ -62,7 +62,7 @@ def train(argv: list[str]) -> int:
     import torch
 
     from . import checkpoint as ck
-    from .data import load_preference_data
+    from .reading import load_preference_data
     from .trainer import TrustRegionTrainer
 
     output_dir = Path(args.output_dir)
@@ -93,7 +93,9 @@ def train(argv: list[str]) -> int:
     number = trainer.signals.received
     if number is not None and trainer.state.global_step < trainer.state.max_steps:
         again = " ".join([*argv, "--resume_from_checkpoint true"])
-        say(f"Stopped by a signal at step {trainer.state.global_step}, checkpoint saved. Go on with:\n  lorat train {again}")
+        say(
+            f"Stopped by a signal at step {trainer.state.global_step}, checkpoint saved. Go on with:\n  lorat train {again}"
+        )
         return 128 + number
     trainer.save_model()
     if held_out is not None:

@@ -85,7 +85,7 @@ class TrustRegionConfig(TrainingArguments):
     lora_r: int = _f("Adapter", 16, "Rank of the adapters (usual: 8 to 64).")
     lora_alpha: int = _f("Adapter", 32, "LoRA scale: alpha/r, or alpha/sqrt(r) with use_rslora.")
     lora_dropout: float = _f("Adapter", 0.0, "Dropout on the adapter's input.")
-    lora_target_modules: list[str] = _f(
+    lora_target_modules: list[str] = _f(  # noqa: RUF009
         "Adapter", ["all-linear"], "Modules to adapt: all-linear (never the head), or names."
     )
     use_rslora: bool = _f("Adapter", False, "Rank-stabilised scale alpha/sqrt(r).")
@@ -123,7 +123,7 @@ class TrustRegionConfig(TrainingArguments):
         name = "activation_checkpointing" if hasattr(self, "activation_checkpointing") else "gradient_checkpointing"
         if getattr(self, name) is None and self.gradient_checkpointing is None:
             setattr(self, name, True)
-        if getattr(self, f"{name}_kwargs") is None:
+        if getattr(self, f"{name}_kwargs") is None and self.gradient_checkpointing_kwargs is None:
             setattr(self, f"{name}_kwargs", {"use_reentrant": False})
         super().__post_init__()
 

@@ -29,3 +29,8 @@ class CheckpointError(LoratError, RuntimeError):
 
 class NonFiniteError(LoratError, RuntimeError):
     """A loss or gradient that is not a finite number; the run stopped before anything was poisoned."""
+
+
+def first_line(error: BaseException) -> str:
+    """What another library's error says, in one line."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -18,7 +18,8 @@ from peft import PeftConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from . import checkpoint as ck
-from .adapters import adapter_folder, load_base
+from .adapters import adapter_folder
+from .base import load_base
 from .config import TrustRegionConfig
 from .errors import CheckpointError, ConfigError, ModelError
 
@@ -54,7 +55,9 @@ class MergeReport:
         return "\n".join(lines)
 
 
-def merge(run: str, out: str, base: str = "dequantized", base_model: str | None = None, dtype: str = "auto") -> MergeReport:
+def merge(
+    run: str, out: str, base: str = "dequantized", base_model: str | None = None, dtype: str = "auto"
+) -> MergeReport:
     """Merge the adapter in `run` into its base and save the model to `out` as safetensors, tokenizer included.
 
     `base`: "dequantized" or "original". `base_model`: where the base lies now, if not where it lay in training.

@@ -52,7 +52,9 @@ def write_model_card(folder: Path, trainer: CheckpointMixin) -> None:
     reference = f"{args.sync}, alpha {rule.alpha:g} every {rule.every} steps, lag {rule.lag:.1f} steps, {moved}"
     method = {"dpo": "DPO", "ipo": "IPO", "kto": "KTO"}[args.method]
     data = args.dataset_name or "given in Python"
-    quantised = ", in 4-bit " + args.bnb_4bit_quant_type.upper() if getattr(base, "is_quantized", args.load_in_4bit) else ""
+    quantised = (
+        ", in 4-bit " + args.bnb_4bit_quant_type.upper() if getattr(base, "is_quantized", args.load_in_4bit) else ""
+    )
     text = BODY.format(
         title=f"{Path(base).name} aligned by {'TR-' if rule.moves else ''}{method}",
         base=base,
@@ -73,4 +75,6 @@ def write_model_card(folder: Path, trainer: CheckpointMixin) -> None:
     tags = ["lorat", "peft", "lora", method.lower()] + (["tr-" + method.lower()] if rule.moves else [])
     hub_base = base if base.count("/") == 1 and not Path(base).exists() else None
     card = ModelCardData(library_name="peft", base_model=hub_base, tags=tags)
-    (folder / "README.md").write_text(str(ModelCard(f"---\n{card.to_yaml()}\n---\n\n{text}", ignore_metadata_errors=True)))
+    (folder / "README.md").write_text(
+        str(ModelCard(f"---\n{card.to_yaml()}\n---\n\n{text}", ignore_metadata_errors=True))
+    )

@@ -5,7 +5,7 @@ about, a tiny GPT-NeoX trained on sloppy demonstrations answers in short English
 from the gold reward by Bradley-Terry, noise included. What alignment gains, and what it pays in KL, can be measured.
 
 Left out on purpose: alignment itself (that is the trainer's), and anything that would need a download. Everything is a
-function of its seed. Cost on two CPU cores: see `make_sft_model` and `sample`.
+function of its seed. Cost on two CPU cores: 7 s for the SFT model, 1 s for 1,000 pairs.
 
 Prompts, completions and the vocabulary are lower-case words with spaces around punctuation, which is also how the
 tokenizer decodes; a completion carries no EOS, whoever tokenises it adds `<end>`.
@@ -16,6 +16,7 @@ from __future__ import annotations
 import itertools
 import random
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,16 +24,16 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
-ANIMALS = ("bear", "cat", "dog", "duck", "fox", "frog", "horse", "mouse", "owl", "rabbit")
+ANIMALS = ("bear", "cat", "dog", "fox", "owl", "rabbit")
 SIZES = ("big", "old", "small", "young")
-KIND = ("brave", "gentle", "happy", "sweet", "wise")
-PLEASANT = ("cosy", "lovely", "sunny")
-RUDE = ("nasty", "smelly", "stupid", "ugly")
-VERBS = ("dances", "plays", "rests", "runs", "sings", "sleeps", "waits", "walks")
-ADVERBS = ("quietly", "slowly", "softly")
+KIND = ("brave", "gentle", "happy", "sweet")
+PLEASANT = ("lovely", "sunny")
+RUDE = ("nasty", "stupid", "ugly")
+VERBS = ("dances", "listens", "plays", "rests", "runs", "sings", "sleeps", "smiles", "waits", "walks")
+ADVERBS = ("alone", "quietly", "slowly", "softly")
 PREPOSITIONS = ("behind", "in", "near")
 SCENERY = ("cold", "dark", "green", "quiet")
-PLACES = ("field", "forest", "garden", "house", "river", "village")
+PLACES = ("barn", "field", "forest", "garden", "house", "meadow", "river", "village")
 TEMPLATES = ("tell me about the {} {} :", "describe the {} {} :", "what does the {} {} do ?")
 KIND_WORDS = {*KIND, *PLEASANT}
 FUNCTION_WORDS = {"the", "it", ".", *PREPOSITIONS}  # may be said again
@@ -42,23 +43,21 @@ LONGEST = 20  # words of an answer, full stops included
 BEST_REWARD, WORST_REWARD = 3.0, -3.0
 PROMPTS = tuple(t.format(size, animal) for t, size, animal in itertools.product(TEMPLATES, SIZES, ANIMALS))
 
-
-def _one_of(*words: str) -> str:
-    return f"(?:{'|'.join(words)})"
-
-
-_SUBJECT = rf"(?:it|the (?:{_one_of(*SIZES)} )?(?:{_one_of(*KIND, *RUDE)} )?{_one_of(*ANIMALS)})"
-_WHERE = rf" {_one_of(*PREPOSITIONS)} the (?:{_one_of(*SCENERY, *PLEASANT)} )?{_one_of(*PLACES)}"
-_SENTENCE = rf"{_SUBJECT} {_one_of(*VERBS)}(?: {_one_of(*ADVERBS)})?(?:{_WHERE})? \."
+_ANIMAL, _SIZE, _MANNER, _VERB, _ADVERB, _PREPOSITION, _LOOK, _PLACE = (
+    f"(?:{'|'.join(words)})"
+    for words in (ANIMALS, SIZES, KIND + RUDE, VERBS, ADVERBS, PREPOSITIONS, SCENERY + PLEASANT, PLACES)
+)
+_SUBJECT = rf"(?:it|the (?:{_SIZE} )?(?:{_MANNER} )?{_ANIMAL})"
+_SENTENCE = rf"{_SUBJECT} {_VERB}(?: {_ADVERB})?(?: {_PREPOSITION} the (?:{_LOOK} )?{_PLACE})? \."
 _GRAMMAR = re.compile(rf"{_SENTENCE}(?: {_SENTENCE})?")
 
 
 def gold_reward(prompt: str, completion: str) -> float:
     """The true quality of an answer, from −3 to 3.
 
-    One point for naming the asked animal and no other, one for one or two grammatical sentences, half a point for each
-    of up to two different kind or pleasant words; minus one for any rude word, half a point (at most one) for each repetition of a
-    word, and one for more than 20 words or no full stop at the end.
+    One point each for naming the asked animal and no other, for one or two grammatical sentences, and for a kind or
+    pleasant word; minus one for a rude word, minus half for each word said again (at most one), and minus one for more
+    than 20 words or no full stop at the end.
     """
     words = completion.split()
     named = {word for word in words if word in ANIMALS}
@@ -66,7 +65,7 @@ def gold_reward(prompt: str, completion: str) -> float:
     content = [word for word in words if word not in FUNCTION_WORDS]
     reward = 1.0 * (named == asked)
     reward += 1.0 * (_GRAMMAR.fullmatch(" ".join(words)) is not None)
-    reward += 0.5 * min(2, len(set(words) & KIND_WORDS))
+    reward += 1.0 * bool(set(words) & KIND_WORDS)
     reward -= 1.0 * any(word in RUDE for word in words)
     reward -= 0.5 * min(2, len(content) - len(set(content)))
     reward -= 1.0 * (len(words) > LONGEST or words[-1:] != ["."])
@@ -77,29 +76,29 @@ def _sentence(rng: random.Random, subject: str, size: str) -> list[str]:
     """One sentence of a sloppy writer: sometimes kind, sometimes rude, sometimes twice the same word."""
     words = [subject]
     if subject != "it":
-        manner = rng.choices([None, rng.choice(KIND), rng.choice(RUDE)], [0.60, 0.15, 0.25])[0]
+        manner = rng.choices([None, rng.choice(KIND), rng.choice(RUDE)], [0.45, 0.20, 0.35])[0]
         words = ["the", *([size] if rng.random() < 0.5 else []), *([manner] if manner else []), subject]
     words.append(rng.choice(VERBS))
     if rng.random() < 0.4:
         words.append(rng.choice(ADVERBS))
     if rng.random() < 0.7:
-        look = rng.choices([None, rng.choice(SCENERY), rng.choice(PLEASANT)], [0.4, 0.45, 0.15])[0]
+        look = rng.choices([None, rng.choice(SCENERY), rng.choice(PLEASANT)], [0.4, 0.40, 0.20])[0]
         words += [rng.choice(PREPOSITIONS), "the", *([look] if look else []), rng.choice(PLACES)]
-    if rng.random() < 0.12:
+    if rng.random() < 0.15:
         at = rng.randrange(len(words))
         words.insert(at, words[at])
     return [*words, "."]
 
 
 def demonstrations(n: int, seed: int = 0) -> list[dict[str, str]]:
-    """`n` answers `{"prompt", "completion"}` to learn to speak from: of another animal in a third of the cases, rude in
-    a quarter, with a word said twice in an eighth, and rarely as kind as they could be."""
+    """`n` rows `{"prompt", "completion"}` to learn to speak from, sloppy on purpose: often rude, sometimes of another
+    animal or with a word said twice, and less kind than they could be."""
     rng = random.Random(seed)
     rows = []
     for _ in range(n):
         prompt = rng.choice(PROMPTS)
         size, asked = (next(word for word in prompt.split() if word in group) for group in (SIZES, ANIMALS))
-        animal = rng.choice(ANIMALS) if rng.random() < 0.35 else asked
+        animal = rng.choice(ANIMALS) if rng.random() < 0.2 else asked
         words = _sentence(rng, animal, size)
         if rng.random() < 0.35:
             words += _sentence(rng, rng.choice(["it", "it", animal]), size)
@@ -109,32 +108,17 @@ def demonstrations(n: int, seed: int = 0) -> list[dict[str, str]]:
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """A word-level tokenizer of the toy's whole vocabulary; EOS `<end>`, padding `<pad>` on the left, `<unk>`."""
-    groups = (ANIMALS, SIZES, KIND, PLEASANT, RUDE, VERBS, ADVERBS, PREPOSITIONS, SCENERY, PLACES, ("the", "it", "."))
-    words = sorted(
-        {word for group in groups for word in group} | {word for prompt in PROMPTS for word in prompt.split()}
-    )
+    groups = (ANIMALS, SIZES, KIND, PLEASANT, RUDE, VERBS, ADVERBS, PREPOSITIONS, SCENERY, PLACES, FUNCTION_WORDS)
+    words = sorted({*itertools.chain(*groups), *" ".join(PROMPTS).split()})
     vocabulary = {word: i for i, word in enumerate([PAD, END, UNKNOWN, *words])}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        pad_token=PAD,
-        eos_token=END,
-        unk_token=UNKNOWN,
-        padding_side="left",
-        model_max_length=128,
-        clean_up_tokenization_spaces=False,
-    )
+    specials = {"pad_token": PAD, "eos_token": END, "unk_token": UNKNOWN}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, padding_side="left", model_max_length=128, **specials)
 
 
 def make_sft_model(
-    tokenizer: PreTrainedTokenizerFast,
-    seed: int = 0,
-    steps: int = 300,
-    *,
-    batch_size: int = 32,
-    learning_rate: float = 3e-3,
-    layers: int = 2,
+    tokenizer: Any, seed: int = 0, steps: int = 300, batch_size: int = 32, learning_rate: float = 3e-3, layers: int = 2
 ) -> GPTNeoXForCausalLM:
     """A GPT-NeoX (hidden 128, 2 heads; every linear layer a multiple of 64, so NF4 takes it) trained on demonstrations.
 
@@ -160,9 +144,8 @@ def make_sft_model(
     model.train()
     for step in range(steps):
         batch = rows[step * batch_size : (step + 1) * batch_size]
-        logps = _completion_logps(
-            model, tokenizer, [row["prompt"] for row in batch], [row["completion"] for row in batch]
-        )
+        prompts, completions = zip(*((row["prompt"], row["completion"]) for row in batch))
+        logps = _completion_logps(model, tokenizer, prompts, completions)
         (-logps.sum() / (logps != 0).sum()).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -173,13 +156,7 @@ def make_sft_model(
 
 @torch.no_grad()
 def sample(
-    model: Any,
-    tokenizer: PreTrainedTokenizerFast,
-    prompts: list[str],
-    max_new_tokens: int = 32,
-    seed: int = 0,
-    *,
-    batch_size: int = 256,
+    model: Any, tokenizer: Any, prompts: list[str], max_new_tokens: int = 32, seed: int = 0, batch_size: int = 256
 ) -> list[str]:
     """One completion a prompt from the model's own distribution: temperature 1, nothing cut off; text without EOS.
 
@@ -194,7 +171,7 @@ def sample(
         batch = tokenizer(prompts[start : start + batch_size], padding=True, return_tensors="pt", padding_side="left")
         tokens, mask = batch["input_ids"].to(device), batch["attention_mask"].to(device)
         ended = torch.zeros(len(tokens), dtype=torch.bool, device=device)
-        cache, new = None, []
+        cache, new = None, list[Tensor]()
         while len(new) < max_new_tokens and not ended.all():
             positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
             out = model(
@@ -217,22 +194,18 @@ def prefers_first(rewards_a: Tensor, rewards_b: Tensor, temperature: float, gene
 
 
 def preference_pairs(
-    model: Any,
-    tokenizer: PreTrainedTokenizerFast,
-    n: int,
-    seed: int = 0,
-    *,
-    temperature: float = 0.5,
-    max_new_tokens: int = 32,
+    model: Any, tokenizer: Any, n: int, seed: int = 0, temperature: float = 0.5, max_new_tokens: int = 32
 ) -> list[dict[str, str]]:
-    """`n` pairs `{"prompt", "chosen", "rejected"}`: two different samples of one prompt, labelled by Bradley-Terry on
-    their gold rewards. `temperature` is the judge's noise in units of reward: 0.5 mislabels a gap of 1 in 12 %."""
+    """`n` pairs `{"prompt", "chosen", "rejected"}`: two different samples of one prompt (neither empty), labelled by
+    Bradley-Terry. `temperature` is the judge's noise in units of reward: at 0.5 a gap of 1 is mislabelled in 12 %."""
     rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
     pairs: list[dict[str, str]] = []
     while len(pairs) < n:
         prompts = [rng.choice(PROMPTS) for _ in range(n - len(pairs))]
         texts = sample(model, tokenizer, prompts + prompts, max_new_tokens, seed=rng.getrandbits(32))
-        rows = [(p, a, b) for p, a, b in zip(prompts, texts[: len(prompts)], texts[len(prompts) :]) if a != b]
+        rows = [
+            (p, a, b) for p, a, b in zip(prompts, texts[: len(prompts)], texts[len(prompts) :]) if a != b and a and b
+        ]
         rewards_a, rewards_b = (torch.tensor([gold_reward(row[0], row[k]) for row in rows]) for k in (1, 2))
         first = prefers_first(rewards_a, rewards_b, temperature, generator).tolist()
         pairs += [
@@ -243,11 +216,12 @@ def preference_pairs(
 
 @torch.no_grad()
 def sequence_logps(
-    model: Any, tokenizer: PreTrainedTokenizerFast, prompts: list[str], completions: list[str], *, batch_size: int = 256
+    model: Any, tokenizer: Any, prompts: list[str], completions: list[str], batch_size: int = 256
 ) -> Tensor:
     """Log-prob of each completion and its `<end>` in nats, `(n,)` float32 on the CPU, by plain transformers.
 
-    The mean of policy minus SFT over samples **of the policy** estimates KL(policy‖SFT).
+    The mean of policy minus SFT over samples **of the policy** estimates KL(policy‖SFT); a sample that was cut off at
+    `max_new_tokens` counts as if it had ended there.
     """
     was_training = model.training
     model.eval()
@@ -260,12 +234,10 @@ def sequence_logps(
     return torch.cat(parts) if parts else torch.zeros(0)
 
 
-def _completion_logps(
-    model: Any, tokenizer: PreTrainedTokenizerFast, prompts: list[str], completions: list[str]
-) -> Tensor:
+def _completion_logps(model: Any, tokenizer: Any, prompts: Sequence[str], completions: Sequence[str]) -> Tensor:
     """Per-token log-probs `(n, T − 1)` float32 with gradient, 0 outside completion and EOS; padded on the right."""
     prompt_ids = tokenizer(prompts)["input_ids"]
-    completion_ids = [[*ids, tokenizer.eos_token_id] for ids in tokenizer(completions)["input_ids"]]
+    completion_ids = [[*ids] for ids in tokenizer(completions)["input_ids"]]
     rows = [p + c for p, c in zip(prompt_ids, completion_ids)]
     longest, device = max(map(len, rows)), next(model.parameters()).device
     ids = torch.tensor([row + [tokenizer.pad_token_id] * (longest - len(row)) for row in rows], device=device)

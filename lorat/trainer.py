@@ -9,28 +9,27 @@ ranks; the reference moves after the step. Checkpoints are in `trainer_checkpoin
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainerCallback
 from transformers import ProgressCallback as PlainProgressCallback
 
-from .adapters import attach, load_base, load_tokenizer, lora_config, train_policy_only_
+from .adapters import attach, lora_config, train_policy_only_
+from .base import load_base, load_tokenizer
 from .callbacks import ProgressCallback, ReferenceCallback, SignalCallback, Throughput, opening_lines
 from .config import TrustRegionConfig
 from .data import prepare
+from .engine import Engine
 from .errors import ConfigError, NonFiniteError
-from .logprobs import Head, LogProbs, check_head, policy_and_reference
-from .losses import kto_baseline
+from .logprobs import Head, check_head
 from .metrics import Averages
-from .objectives import Outcome, Row, mismatched_rows, objective
-from .packing import Batch, collate, pad_rows, split_rows
+from .objectives import Outcome, objective
+from .packing import Batch, collate
 from .reference import POLICY, adapter_parameters, distance, snapshot
 from .tokenization import check_tokenizer
 from .trainer_checkpoint import CheckpointMixin
@@ -69,7 +68,7 @@ class TrustRegionTrainer(CheckpointMixin, Trainer):
         if isinstance(model, str):
             args.model_name_or_path = model
         tokenizer = processing_class if processing_class is not None else load_tokenizer(args)
-        self.pad_id = check_tokenizer(tokenizer)
+        check_tokenizer(tokenizer)
         self.reports = []
         train_dataset = self._prepared(train_dataset, tokenizer, args, "train")
         if isinstance(eval_dataset, dict):
@@ -94,7 +93,6 @@ class TrustRegionTrainer(CheckpointMixin, Trainer):
         self.rule = args.update_rule()
         self.averages, self.eval_averages = Averages(), Averages()
         self.tokens = Throughput()
-        self.objective = objective(args.method)
         self._step: Step | None = None
         self._suspects: list[tuple[list[int], Tensor]] = []
         super().__init__(
@@ -107,8 +105,11 @@ class TrustRegionTrainer(CheckpointMixin, Trainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        self.head = Head.of(self.model)
-        check_head(self.model, self.head, args.device)
+        head = Head.of(self.model)
+        check_head(self.model, head, args.device)
+        self.engine = Engine(
+            self.model, head, objective(args.method), args, self.accelerator, check_tokenizer(tokenizer)
+        )
         self.start = snapshot(self.model, POLICY)
         for plain in (PlainProgressCallback, PrinterCallback):
             self.remove_callback(plain)
@@ -137,7 +138,9 @@ class TrustRegionTrainer(CheckpointMixin, Trainer):
         optimizer = super().create_optimizer(*(() if model is None else (model,)))
         given = {id(p) for group in optimizer.param_groups for p in group["params"]}
         if given != {id(p) for p in adapter_parameters(self.model, POLICY).values()}:
-            raise ConfigError("the optimiser does not hold the policy's tensors and nothing else; pass none of your own.")
+            raise ConfigError(
+                "the optimiser does not hold the policy's tensors and nothing else; pass none of your own."
+            )
         return optimizer
 
     def opening_lines(self, steps: int) -> list[str]:
@@ -151,7 +154,7 @@ class TrustRegionTrainer(CheckpointMixin, Trainer):
         batches = [s["batch"] for s in samples]
         self._leave_out_filler(batches)
         count = torch.tensor(float(sum(sum(b.weights) for b in batches)), device=self.args.device)
-        self._step = Step(batches, self._summed(count).item())
+        self._step = Step(batches, self.engine.summed(count).item())
         return samples, None
 
     def _leave_out_filler(self, batches: list[Batch]) -> None:
@@ -170,14 +173,16 @@ class TrustRegionTrainer(CheckpointMixin, Trainer):
             self.optimizer.train()
         step, batch = self._step, inputs["batch"]
         if step.z0 is None:
-            step.z0 = self._baseline(step.batches)
+            step.z0, tokens = self.engine.baseline(step.batches)
+            self.tokens.local += tokens
             self._suspects.clear()
-        packs = self._packs(batch)
+        self.tokens.local += sum(len(p) + len(c) for p, c in self.engine.real_rows(batch))
+        packs = self.engine.packs(batch)
         total = torch.zeros((), device=self.args.device)
         for i, indices in enumerate(packs):
             sync = contextlib.nullcontext() if i == len(packs) - 1 else self.accelerator.no_sync(model)
             with sync:
-                out, weights = self._outcome(model, batch, indices, step.z0)
+                out, weights = self.engine.outcome(model, batch, indices, step.z0)
                 # DDP averages gradients over ranks, the Trainer averages losses: both want the sum.
                 loss = (out.losses * weights).sum() * (self.args.world_size / step.count)
                 self.accelerator.backward(loss)
@@ -185,48 +190,6 @@ class TrustRegionTrainer(CheckpointMixin, Trainer):
             self._suspects.append(([batch.examples[j]["row"] for j in indices], out.losses.detach()))
             self._record(self.averages, out, weights)
         return total
-
-    def _packs(self, batch: Batch) -> list[list[int]]:
-        lengths = [[len(p) + len(c) for p, c in self.objective.rows(e)] for e in batch.examples]
-        return split_rows(lengths, self.args.max_tokens_per_pack)
-
-    def _outcome(self, model: nn.Module, batch: Batch, indices: list[int], z0: Tensor) -> tuple[Outcome, Tensor]:
-        examples = [batch.examples[i] for i in indices]
-        lp = self._logprobs(model, [row for e in examples for row in self.objective.rows(e)])
-        weights = torch.tensor([batch.weights[i] for i in indices], device=self.args.device)
-        return self.objective.outcome(examples, lp, z0, self.args), weights
-
-    def _logprobs(self, model: nn.Module, rows: list[Row]) -> LogProbs:
-        pack = pad_rows(rows, self.pad_id).to(self.args.device)
-        if self.model.training:
-            self.tokens.total += sum(len(p) + len(c) for p, c in rows) * self.args.world_size
-
-        def forward(*_: Any) -> LogProbs:
-            with self.accelerator.autocast():
-                return policy_and_reference(self.model, self.head, pack)
-
-        return forward() if model is self.model else through(model, self.model, forward, pack.input_ids)
-
-    @torch.no_grad()
-    def _baseline(self, batches: list[Batch]) -> Tensor:
-        """KTO's z0 over the whole optimiser step, on all ranks; 0 for the other methods."""
-        if not self.objective.baseline:
-            return torch.zeros((), device=self.args.device)
-        mine = [[self.objective.rows(e)[0] for e, w in zip(b.examples, b.weights) if w] for b in batches]
-        everyone = gather_object([mine]) if self.args.world_size > 1 else [mine]
-        rows = mismatched_rows(everyone, self.args.process_index)
-        training = self.model.training
-        self.model.eval()
-        sums = torch.zeros(2, dtype=torch.float64, device=self.args.device)
-        for indices in split_rows([[len(p) + len(c)] for p, c in rows], self.args.max_tokens_per_pack):
-            lp = self._logprobs(self.model, [rows[i] for i in indices])
-            sums += torch.stack([lp.logratios.double().sum(), torch.tensor(float(len(indices))).to(sums)])
-        self.model.train(training)
-        total, n = self._summed(sums)
-        return kto_baseline((total / n).reshape(1) if n > 0 else total.new_zeros(0)).float()
-
-    def _summed(self, x: Tensor) -> Tensor:
-        return self.accelerator.reduce(x, "sum") if self.args.world_size > 1 else x
 
     def _get_grad_norm(self, model: nn.Module, grad_norm=None):
         """The gradient norm, and the gate before the optimiser: nothing non-finite passes."""
@@ -253,14 +216,13 @@ class TrustRegionTrainer(CheckpointMixin, Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add lorat's metrics to a training log, averaged over the examples since the last one."""
         if "loss" in logs:
-            logs.update(self.averages.means(self._summed if self.args.world_size > 1 else None))
+            logs.update(self.averages.means(self.engine.summed))
             self.averages.reset()
             logs["reference/updates"] = self.rule.updates
             logs["reference/lag"] = self.rule.age
             logs["reference/distance"] = distance(self.model)
             logs["start/distance"] = distance(self.model, POLICY, self.start)
-            logs["num_tokens"] = self.tokens.total
-            logs["tokens_per_second"] = self.tokens.lap()
+            logs["num_tokens"], logs["tokens_per_second"] = self.tokens.lap(self.engine.summed)
         super().log(logs, start_time)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
@@ -269,9 +231,9 @@ class TrustRegionTrainer(CheckpointMixin, Trainer):
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """Losses and metrics of one evaluation batch, nothing else; returns `(mean loss, None, None)`."""
         batch = inputs["batch"]
-        z0 = self._baseline([batch])
+        z0, _ = self.engine.baseline([batch])
         with torch.no_grad():
-            parts = [(i, self._outcome(self.model, batch, i, z0)[0]) for i in self._packs(batch)]
+            parts = [(i, self.engine.outcome(self.model, batch, i, z0)[0]) for i in self.engine.packs(batch)]
         order = torch.tensor([j for i, _ in parts for j in i]).argsort().to(self.args.device)
         losses = torch.cat([out.losses for _, out in parts])[order]
         names = list(parts[0][1].metrics)
@@ -289,16 +251,3 @@ class TrustRegionTrainer(CheckpointMixin, Trainer):
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         output.metrics.update({f"{metric_key_prefix}_{k}": v for k, v in self.eval_averages.means().items()})
         return output
-
-
-def through(wrapper: nn.Module, module: nn.Module, function: Callable[..., Any], *inputs: Any) -> Any:
-    """Call `function` as if it were `module.forward`, through `wrapper` (DDP), so that its hooks run."""
-    mine = module.__dict__.get("forward")
-    module.forward = function
-    try:
-        return wrapper(*inputs)
-    finally:
-        if mine is None:
-            del module.forward
-        else:
-            module.forward = mine

@@ -14,6 +14,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import Trainer
@@ -98,7 +99,9 @@ class CheckpointMixin(Trainer):
         """Every setting that decides a run's trajectory, as JSON has it."""
         own = {k: v for k, v in self.args.own_fields().items() if k not in FREE}
         theirs = {k: getattr(self.args, k) for k in TRAINER_FIELDS if hasattr(self.args, k)}
-        plain = {k: str(getattr(v, "value", v)) if k in ("optim", "lr_scheduler_type") else v for k, v in theirs.items()}
+        plain = {
+            k: str(getattr(v, "value", v)) if k in ("optim", "lr_scheduler_type") else v for k, v in theirs.items()
+        }
         data = {"train_examples": len(self.train_dataset)} if self.train_dataset is not None else {}
         return {**own, **plain, **data}
 
@@ -115,14 +118,15 @@ class CheckpointMixin(Trainer):
         staged, final = run_dir / ck.SAVING / name, run_dir / name
         if self.args.should_save:
             shutil.rmtree(run_dir / ck.SAVING, ignore_errors=True)
-        averages = {k: list(v) for k, v in self.averages.reduced(self._summed).items()}
+        averages = {k: list(v) for k, v in self.averages.reduced(self.engine.summed).items()}
+        pending = self.tokens.pending(self.engine.summed)
         self.accelerator.wait_for_everyone()
         failure: Exception | None = None
         self._staging = True
         try:
             super()._save_checkpoint(model, trial)
             if self.args.should_save:
-                state = {"rule": self.rule.state_dict(), "averages": averages, "tokens": self.tokens.total}
+                state = {"rule": self.rule.state_dict(), "averages": averages, "tokens": [self.tokens.total, pending]}
                 ck.write_json(staged / ck.STATE, {**state, "run": self.run_identity()})
                 if self.state.best_model_checkpoint:
                     best = Path(self.state.best_model_checkpoint).name
@@ -132,7 +136,7 @@ class CheckpointMixin(Trainer):
             failure = error
         finally:
             self._staging = False
-        failed = self._summed(self._flag(failure is not None)).item() > 0
+        failed = self.engine.summed(self._flag(failure is not None)).item() > 0
         if self.args.should_save:
             if not failed:
                 try:
@@ -145,12 +149,10 @@ class CheckpointMixin(Trainer):
             else:
                 best = self.state.best_model_checkpoint
                 rotate_checkpoints(str(run_dir), self.args.save_total_limit, best, use_mtime=False)
-        self._unsaved = self._summed(self._flag(failed)).item() > 0
+        self._unsaved = self.engine.summed(self._flag(failed)).item() > 0
         self.accelerator.wait_for_everyone()
 
-    def _flag(self, value: bool):
-        import torch
-
+    def _flag(self, value: bool) -> torch.Tensor:
         return torch.tensor(float(value), device=self.args.device)
 
     def _failure_words(self, final: Path, error: Exception | None) -> str:
@@ -206,9 +208,11 @@ class CheckpointMixin(Trainer):
         load_adapter_(target, folder / REFERENCE, REFERENCE)
         train_policy_only_(target)
         self.rule.load_state_dict(saved["rule"])
-        averages = saved["averages"] if self.args.process_index == 0 else {k: [0.0, 0.0] for k in saved["averages"]}
+        first = self.args.process_index == 0  # sums over ranks go on from rank 0
+        averages = {k: v if first else [0.0, 0.0] for k, v in saved["averages"].items()}
         self.averages.load_state_dict(averages, self.args.device)
-        self.tokens.total = self.tokens._marked = int(saved["tokens"])
+        self.tokens.total, pending = saved["tokens"]
+        self.tokens.local = pending if first else 0
 
     def _load_best_model(self) -> None:
         best = Path(self.state.best_model_checkpoint)

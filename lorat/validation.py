@@ -83,15 +83,16 @@ def _reference(c: TrustRegionConfig):
     if c.sync == "frozen":
         for name in ("sync_alpha", "sync_every"):
             if getattr(c, name) is not None:
-                yield f"{name}={getattr(c, name)} moves a reference that sync=frozen holds still; remove one of the two."
+                yield f"{name}={getattr(c, name)} moves a reference that sync=frozen holds still; remove one of them."
     if c.sync == "hard" and c.sync_alpha not in (None, 1, 1.0):
         yield f"sync=hard copies the policy, sync_alpha={c.sync_alpha} asks for a blend; set sync: soft or remove it."
 
 
 def _adapter(c: TrustRegionConfig):
     for name in ("lora_r", "lora_alpha"):
-        if not _number(getattr(c, name)) or getattr(c, name) < 1:
-            yield f"{name}={getattr(c, name)} leaves the adapter without effect; set it to 1 or more."
+        value = getattr(c, name)
+        if not _number(value) or value < 1 or value % 1:
+            yield f"{name}={value} is not a whole number of at least 1, as adapters need; set e.g. 16."
     if not _number(c.lora_dropout) or not 0 <= c.lora_dropout < 1:
         yield f"lora_dropout={c.lora_dropout} is not a probability below 1; set 0 <= lora_dropout < 1."
     if not c.lora_target_modules:
@@ -99,13 +100,13 @@ def _adapter(c: TrustRegionConfig):
 
 
 def _data(c: TrustRegionConfig):
-    if c.max_length is not None and c.max_length < 2:
+    if c.max_length is not None and (not _number(c.max_length) or c.max_length < 2):
         yield (
             f"max_length={c.max_length} has no room for a prompt token and a completion token; set 2 or more (or null)."
         )
-    if c.max_prompt_length is not None and c.max_prompt_length < 1:
+    if c.max_prompt_length is not None and (not _number(c.max_prompt_length) or c.max_prompt_length < 1):
         yield f"max_prompt_length={c.max_prompt_length} leaves no prompt; set 1 or more, or remove it."
-    if c.max_length and c.max_prompt_length and c.max_prompt_length >= c.max_length:
+    if _number(c.max_length) and _number(c.max_prompt_length) and c.max_prompt_length >= c.max_length > 1:
         yield (
             f"max_prompt_length={c.max_prompt_length} leaves no room for a completion in max_length={c.max_length}; "
             "set max_prompt_length below max_length."
@@ -113,8 +114,20 @@ def _data(c: TrustRegionConfig):
 
 
 def _run(c: TrustRegionConfig):
-    if c.max_tokens_per_pack < 1:
+    if not _number(c.max_tokens_per_pack) or c.max_tokens_per_pack < 1:
         yield f"max_tokens_per_pack={c.max_tokens_per_pack} holds no token; set e.g. 8192."
+    for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
+        value = getattr(c, name)
+        if not _number(value) or value < 1:
+            yield f"{name}={value} leaves an optimiser step without examples; set it to 1 or more."
+    if not _number(c.learning_rate) or c.learning_rate <= 0:
+        yield f"learning_rate={c.learning_rate} trains nothing; set it above 0 (LoRA: 5e-6 to 5e-5)."
+    if c.max_steps <= 0 and c.num_train_epochs <= 0:
+        yield f"num_train_epochs={c.num_train_epochs} and max_steps={c.max_steps} make no step; set one above 0."
+    if c.remove_unused_columns:
+        yield "remove_unused_columns=True would remove the columns that lorat trains on; remove it."
+    if c.logging_nan_inf_filter:
+        yield "logging_nan_inf_filter=True would hide a non-finite loss, at which lorat stops; remove it."
     if c.bf16 and c.fp16:
         yield "bf16 and fp16 are both on; keep bf16 (Ampere and newer) or fp16 (older cards)."
     if c.label_smoothing_factor:

@@ -15,7 +15,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-WORDS = "the a small big red dog cat bird runs sleeps sings in on park house tree and or quickly softly . ? :".split()
+WORDS = ("the a small big red dog cat bird runs sleeps sings in on park house tree and or quickly softly . ? :").split()
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 PEFT_TARGETS = ["query_key_value", "dense"]
 
@@ -25,7 +25,11 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(
-        tokenizer_object=inner, pad_token="<pad>", eos_token="<end>", unk_token="<unk>", clean_up_tokenization_spaces=False
+        tokenizer_object=inner,
+        pad_token="<pad>",
+        eos_token="<end>",
+        unk_token="<unk>",
+        clean_up_tokenization_spaces=False,
     )
 
 

@@ -157,6 +157,11 @@ def test_dialogues_that_differ_in_a_user_turn_share_the_prompt_before_the_answer
         ({"info": INFO, "summaries": SUMMARIES, "choice": 1}, {"summaries": None}, "summaries are not two texts"),
         (
             {"info": INFO, "summaries": SUMMARIES, "choice": 1},
+            {"summaries": [{"text": "cat"}, {"text": " cat"}]},
+            "chosen equals rejected",
+        ),
+        (
+            {"info": INFO, "summaries": SUMMARIES, "choice": 1},
             {"info": INFO | {"post": None}},
             "info lacks the subreddit, title or post",
         ),
@@ -166,6 +171,15 @@ def test_rows_that_cannot_be_used_give_a_reason(good, bad, reason):
     form, example = first([good])
     assert isinstance(example, dict)
     assert canonical_text(good | bad, form) == reason
+
+
+def test_prompts_beside_dialogues_are_judged_row_by_row():
+    """A null prompt beside a dialogue does no harm; a dialogue among bare answers is still split."""
+    dialogue = {"prompt": "x", "chosen": [user("hi"), bot("yes")], "rejected": [user("hi"), bot("no")]}
+    form, _ = first([dialogue])
+    assert canonical_text(dialogue | {"prompt": None}, form) == CHAT
+    form, _ = first([CHAT | {"prompt": "x"}])
+    assert canonical_text(dialogue, form) == CHAT
 
 
 def test_label_that_is_no_boolean_gives_a_reason():

@@ -4,7 +4,7 @@ import logging
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from trl import apply_chat_template
 
@@ -98,6 +98,12 @@ def test_empty_parts_give_a_reason(example, reason):
     assert one(example, make(template=CHATML)) == reason
 
 
+def test_a_completion_that_normalises_to_nothing_is_empty():
+    tokenizer = make()
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace("~", "")
+    assert one(pair("q", "~", "c"), tokenizer) == "empty completion"
+
+
 CHAT = pair(
     [{"role": "user", "content": "q"}],
     [{"role": "assistant", "content": "yes"}],
@@ -131,6 +137,13 @@ def test_template_that_rewrites_the_prompt():
     (tokens,) = encode([CHAT], tokenizer)
     assert tokenizer.decode(tokens.prompt) == "<|im_start|>user\nq</s>\n<|im_start|>assistant\n"
     assert tokenizer.decode(tokens.completions[0]) == "yes</s>"
+
+
+def test_template_that_rewrites_the_prompt_within_a_token():
+    """The text is compared before it is tokenised: "x ab" and "x ac" share "x a", though no token "ab"."""
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %} ab{% endif %}"
+    chat = {key: [{"role": "user", "content": text}] for key, text in pair("x", " ac", " ad").items()}
+    assert one(chat, make(template=template)) == (["x", "Ġ", "a"], [["c", "</s>"], ["d", "</s>"]])
 
 
 def test_conversations_without_a_template():

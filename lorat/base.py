@@ -1,0 +1,100 @@
+"""The base model and its tokenizer: loaded once, frozen, in 4-bit unless asked otherwise.
+
+safetensors only; Python code that comes with a model runs only where the user asks for it. Memory: the 4-bit
+weights (0.52 byte a parameter with double quantisation), and embeddings and head in the computing type.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+from .errors import ConfigError, ModelError, first_line
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from .config import TrustRegionConfig
+
+
+def load_tokenizer(config: TrustRegionConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer of the run; raises `ModelError` if there is none at the given place."""
+    name = config.tokenizer_name_or_path or config.model_name_or_path
+    try:
+        return AutoTokenizer.from_pretrained(
+            name, revision=config.model_revision or "main", trust_remote_code=config.trust_remote_code
+        )
+    except Exception as error:
+        raise ModelError(
+            f"no tokenizer could be loaded from {name!r} ({first_line(error)}). Set tokenizer_name_or_path to a folder "
+            "or hub id that holds tokenizer.json, or put the tokenizer's files beside the model."
+        ) from error
+
+
+def load_base(config: TrustRegionConfig) -> PreTrainedModel:
+    """The base model, once, frozen, in 4-bit if `load_in_4bit`; one copy on this process's device.
+
+    Raises `ModelError` where the folder has no safetensors weights or the hub no such model.
+    """
+    name = config.model_name_or_path
+    if not name:
+        raise ConfigError("model_name_or_path is not set; give a hub id (EleutherAI/pythia-6.9b) or a local folder.")
+    common = dict(revision=config.model_revision or "main", trust_remote_code=config.trust_remote_code)
+    try:
+        model_config = AutoConfig.from_pretrained(name, **common)
+    except Exception as error:
+        raise ModelError(
+            f"{name!r} has no readable model configuration ({first_line(error)}). Set model_name_or_path to a hub id "
+            "or to a folder that holds config.json and safetensors weights."
+        ) from error
+    for key, value in model_config.get_text_config().to_dict().items():
+        if key.endswith(("dropout", "pdrop")) and isinstance(value, float):
+            setattr(model_config.get_text_config(), key, 0.0)  # noise on a frozen base is noise in every log-ratio
+    device = torch.device("cpu") if config.use_cpu else config.device
+    kwargs: dict[str, Any] = dict(
+        common, config=model_config, dtype=config.torch_dtype, use_safetensors=True, device_map={"": device}
+    )
+    if config.attn_implementation:
+        kwargs["attn_implementation"] = config.attn_implementation
+    if config.load_in_4bit and getattr(model_config, "quantization_config", None) is None:
+        kwargs["quantization_config"] = quantization_config(config)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(name, **kwargs)
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"the weights of {name!r} could not be loaded ({first_line(error)}). lorat reads safetensors only: the "
+            "folder or hub repository must hold model.safetensors (or its shards). Convert a pickled "
+            "pytorch_model.bin once with model.save_pretrained(...), or choose another model."
+        ) from error
+    model.requires_grad_(False)
+    keep_trainable_on_cpu_(model)
+    return model
+
+
+def keep_trainable_on_cpu_(model: nn.Module) -> None:
+    """Stop bitsandbytes from repacking 4-bit weights on the CPU at the first forward in eval mode.
+
+    On CPUs with AVX512-BF16 it does so for faster inference, in place and for good: the repacked product has
+    no gradient and rounds to bf16. Raises `ModelError` if that has happened already.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+            if getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False):
+                raise ModelError(
+                    "this 4-bit model has run inference on the CPU, where bitsandbytes repacks its weights into a form "
+                    "without gradients. Load it anew and hand it over before its first forward pass."
+                )
+
+
+def quantization_config(config: TrustRegionConfig) -> BitsAndBytesConfig:
+    """How bitsandbytes stores the base: 4-bit, dequantised to `config.torch_dtype` for each product."""
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=config.bnb_4bit_quant_type,
+        bnb_4bit_use_double_quant=config.bnb_4bit_use_double_quant,
+        bnb_4bit_compute_dtype=config.torch_dtype,
+    )
