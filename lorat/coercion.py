@@ -34,7 +34,10 @@ def coerce(value: Any, hint: Any) -> Any:
         if bool in kinds:
             return True
         raise ValueError("no value given")
+    braces = isinstance(value, str) and value.startswith("{")
     for kind in kinds:
+        if braces and kind is str and any((get_origin(k) or k) is dict for k in kinds):
+            continue  # a mapping that does not parse is no path
         try:
             return _as(value, kind, or_text=str in kinds)
         except (ValueError, TypeError, OverflowError, yaml.YAMLError):

@@ -45,7 +45,7 @@ COMMON = {
     "seed": "Seed of the adapter's first values and of the order of the data.",
     "logging_steps": None,
     "report_to": "none, tensorboard, wandb …, or a list of them.",
-    "eval_strategy": "When to evaluate: no, steps or epoch. Once at the end in any case.",
+    "eval_strategy": "When to evaluate during the run; at its end always, if there is data for it.",
     "eval_steps": "Optimiser steps between evaluations. Unset: logging_steps.",
     "save_steps": "Optimiser steps between checkpoints.",
     "save_total_limit": "Newest checkpoints to keep. Unset: all.",

@@ -5,6 +5,7 @@ Types are for `coercion.py`, what the keys mean for `arguments.py`.
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -57,8 +58,8 @@ def read_yaml(path: str) -> dict[str, Given]:
     try:
         text = file.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
-        there = sorted(p.name for p in file.parent.glob("*.y*ml")) if file.parent.is_dir() else []
-        near = f" (in {file.parent}: {', '.join(there[:8])})" if there else ""
+        there = [p.name for p in file.parent.glob("*.y*ml")] if file.parent.is_dir() else []
+        near = f" (in {file.parent}: {', '.join(difflib.get_close_matches(file.name, there, 5, 0))})" if there else ""
         raise ConfigError(f"there is no file {path}{near}; give --config the path of a YAML file.") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} cannot be read as YAML text: {error}.") from None
@@ -116,7 +117,7 @@ def read_argv(argv: list[str], flags: Collection[str]) -> tuple[str | None, dict
             values, rest = values[:1], values[1:] + rest
             if not values or config is not None:
                 problems.append(f"{COMMAND_LINE}: --config takes one file, once.")
-            config = values[0] if values else config
+            config = config or (values[0] if values else None)
             continue
         if not values and key.startswith("no_") and key[3:] in flags:
             key, values = key[3:], ["false"]

@@ -76,7 +76,7 @@ def _sentence(rng: random.Random, subject: str, size: str) -> list[str]:
     """One sentence of a sloppy writer: sometimes kind, sometimes rude, sometimes twice the same word."""
     words = [subject]
     if subject != "it":
-        manner = rng.choices([None, rng.choice(KIND), rng.choice(RUDE)], [0.45, 0.20, 0.35])[0]
+        manner = rng.choices([None, rng.choice(KIND), rng.choice(RUDE)], [0.30, 0.20, 0.50])[0]
         words = ["the", *([size] if rng.random() < 0.5 else []), *([manner] if manner else []), subject]
     words.append(rng.choice(VERBS))
     if rng.random() < 0.4:
@@ -98,7 +98,7 @@ def demonstrations(n: int, seed: int = 0) -> list[dict[str, str]]:
     for _ in range(n):
         prompt = rng.choice(PROMPTS)
         size, asked = (next(word for word in prompt.split() if word in group) for group in (SIZES, ANIMALS))
-        animal = rng.choice(ANIMALS) if rng.random() < 0.2 else asked
+        animal = rng.choice(ANIMALS) if rng.random() < 0.25 else asked
         words = _sentence(rng, animal, size)
         if rng.random() < 0.35:
             words += _sentence(rng, rng.choice(["it", "it", animal]), size)
@@ -237,7 +237,7 @@ def sequence_logps(
 def _completion_logps(model: Any, tokenizer: Any, prompts: Sequence[str], completions: Sequence[str]) -> Tensor:
     """Per-token log-probs `(n, T − 1)` float32 with gradient, 0 outside completion and EOS; padded on the right."""
     prompt_ids = tokenizer(prompts)["input_ids"]
-    completion_ids = [[*ids] for ids in tokenizer(completions)["input_ids"]]
+    completion_ids = [[*ids, tokenizer.eos_token_id] for ids in tokenizer(completions)["input_ids"]]
     rows = [p + c for p, c in zip(prompt_ids, completion_ids)]
     longest, device = max(map(len, rows)), next(model.parameters()).device
     ids = torch.tensor([row + [tokenizer.pad_token_id] * (longest - len(row)) for row in rows], device=device)

@@ -146,13 +146,15 @@ def test_everything_on_the_command_line():
     assert (config.model_name_or_path, config.dataset_name, config.output_dir, config.sync) == ("m", "d", "o", "hard")
 
 
-def test_every_field_can_be_set_in_both_places(parse):
+def test_every_default_reads_back():
     """Each field's own default, written out, comes back as itself."""
     plain = TrustRegionConfig(output_dir="out", use_cpu=True)
     for name in types().keys() - ALIASES.keys() - {"loss_type", "sync_ref_model", "use_peft", "disable_dropout"}:
         value = getattr(plain, name)
         value = getattr(value, "value", value)
-        if value is None or isinstance(value, list | dict) or name in ("output_dir", "use_cpu", "accelerator_config"):
+        if name == "include_num_input_tokens_seen":  # "no" is false, which transformers turns into "no"
+            continue
+        if value is None or isinstance(value, list | dict) or name == "accelerator_config":
             continue
         assert coerce(str(value), types()[name]) == value, name
 
@@ -217,7 +219,7 @@ def test_wrong_on_the_command_line(refused, argv, words):
 @pytest.mark.parametrize("key", sorted(types()))
 def test_a_misspelt_key_finds_its_right_one(refused, key):
     wrong = key[:-2] + key[-1] + key[-2]
-    if len(key) < 5 or wrong in types() or wrong == key:
+    if len(key) < 5 or key[-1].isdigit() or wrong in types() or wrong == key:
         pytest.skip("too short, or another key")
     line = next(line for line in refused(f"{wrong}: x").splitlines() if wrong in line)
     assert "run.yaml:5:" in line and f"did you mean {key}?" in line
@@ -262,7 +264,7 @@ def test_all_problems_in_one_message(refused):
         ("just words\n", ["run.yaml:1:", "holds a single value", "key: value"]),
         ("beta: 1\n  x: 2\n", ["run.yaml:2:", "not valid YAML"]),
         ("a: 1\nbeta: [1,\n", ["run.yaml:", "not valid YAML"]),
-        ("beta:\t1\n\tx: 1\n", ["run.yaml:2:", "not valid YAML"]),
+        ("beta:\t1\n\tx: 1\n", ["run.yaml:1:", "not valid YAML"]),
         ("beta: 'open\n", ["run.yaml:", "not valid YAML"]),
         ("beta: !!python/object/apply:os.system [true]\n", ["run.yaml:1:", "not valid YAML"]),
         ("beta: 1\n---\nbeta: 2\n", ["run.yaml:2:", "not valid YAML"]),
@@ -345,7 +347,7 @@ def test_data_to_evaluate_on_needs_no_strategy(parse):
     [
         ("load_best_model_at_end: true\n", ["transformers refuses", "load_best_model_at_end"]),
         ("warmup_steps: -1\n", ["transformers refuses", "warmup_steps"]),
-        ("lr_scheduler_kwargs: '{bad: [}'\n", ["lr_scheduler_kwargs"]),
+        ("lr_scheduler_kwargs: '{bad: [}'\n", ["lr_scheduler_kwargs: {bad: [} is not a mapping"]),
         ("accelerator_config: {nonsense: 1}\n", ["transformers refuses", "nonsense"]),
     ],
 )

@@ -12,6 +12,15 @@ from lorat import toy
 DOG = "tell me about the small dog :"
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """A model this small gains nothing from a second thread, and waits ten times as long for one on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def tokenizer():
     return toy.make_tokenizer()
@@ -141,19 +150,23 @@ def test_sft_speaks_and_could_be_better(model, tokenizer):
 
 
 def test_sft_is_a_function_of_its_seed(tokenizer):
-    state = torch.get_rng_state()
-    models = [toy.make_sft_model(tokenizer, seed=seed, steps=2) for seed in (1, 1, 2)]
+    models = []
+    for seed in (1, 1, 2):
+        torch.rand(1)
+        state = torch.get_rng_state()
+        models.append(toy.make_sft_model(tokenizer, seed=seed, steps=2))
+        assert torch.equal(torch.get_rng_state(), state)  # nobody else's random numbers are touched
     first, again, other = ([p.detach() for p in m.parameters()] for m in models)
     assert all(torch.equal(a, b) for a, b in zip(first, again))
     assert not all(torch.equal(a, b) for a, b in zip(first, other))
-    assert torch.equal(torch.get_rng_state(), state)  # nobody else's random numbers are touched
 
 
 def test_preference_pairs(model, tokenizer):
     pairs = toy.preference_pairs(model, tokenizer, 300, seed=1)
     assert len(pairs) == 300 and pairs == toy.preference_pairs(model, tokenizer, 300, seed=1)
-    assert all(pair["prompt"] in toy.PROMPTS and pair["chosen"] != pair["rejected"] for pair in pairs)
-    assert all(pair["chosen"] and pair["rejected"] for pair in pairs)
+    assert all(pair["prompt"] in toy.PROMPTS for pair in pairs)
+    short = toy.preference_pairs(model, tokenizer, 40, seed=1, max_new_tokens=2)  # where equal samples are common
+    assert all(pair["chosen"] and pair["rejected"] and pair["chosen"] != pair["rejected"] for pair in pairs + short)
     gaps = [
         toy.gold_reward(pair["prompt"], pair["chosen"]) - toy.gold_reward(pair["prompt"], pair["rejected"])
         for pair in pairs
