@@ -102,10 +102,13 @@ class ProgressCallback(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
         if not state.is_world_process_zero or not logs:
             return
-        self.words = describe_metrics(logs)
+        words = describe_metrics(logs)
+        if not words:  # the summary at the end
+            return
+        self.words = words
         if self.bar:
             self.bar.update(self.task, words=f"{self.words}{self._moved()}")
-        elif not args.disable_tqdm and self.words:
+        elif not args.disable_tqdm:
             self.console.print(
                 f"step {state.global_step}/{state.max_steps}  {self.words}{self._moved()}", soft_wrap=True
             )

@@ -10,6 +10,7 @@ import argparse
 import logging
 import os
 import sys
+import warnings
 from pathlib import Path
 
 from .errors import LoratError
@@ -47,8 +48,11 @@ def main(argv: list[str] | None = None) -> int:
         _say_error(str(error))
         return 2
     except KeyboardInterrupt:
-        _say_error("interrupted before training had begun; nothing was saved.")
+        _say_error("interrupted; checkpoints that were saved before are whole.")
         return 130
+    except BrokenPipeError:  # `lorat train --help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
 
 
 def train(argv: list[str]) -> int:
@@ -158,6 +162,8 @@ def _quieten() -> None:
     logging.basicConfig(level=logging.WARNING, format="lorat: %(message)s", stream=sys.stderr)
     for name in ("bitsandbytes", "torch.distributed", "accelerate"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning)  # meant for lorat's developers, who run the tests
+    warnings.filterwarnings("ignore", message=".*pin_memory.*")
     import datasets
     from transformers.utils import logging as hf_logging
 

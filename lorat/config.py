@@ -110,6 +110,8 @@ class TrustRegionConfig(TrainingArguments):
         if isinstance(self.lora_target_modules, str):
             self.lora_target_modules = [self.lora_target_modules]
         check_config(self)
+        if self.disable_tqdm is None:  # else it follows transformers' log level
+            self.disable_tqdm = False
         if self.bf16 is None:
             on_gpu = not self.use_cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported(False)
             self.bf16 = bool(on_gpu and not self.fp16)

@@ -20,7 +20,7 @@ ARROWS = {
     "checkpoint": set(),
     "toy": set(),
     "formats": set(),
-    "tokenization": set(),
+    "tokenization": {"formats"},
     "coercion": {"sources"},
     "sources": set(),
     "trl": {"coercion", "sources"},

@@ -305,6 +305,20 @@ def test_dropout_reaches_the_policy_and_not_the_reference(neox, tmp_path):
         assert not torch.equal(*(token_logprobs(trainer.model, trainer.engine.head, pack) for _ in range(2)))
 
 
+def test_evaluating_leaves_the_gradients_as_they_were(neox, llama, tmp_path):
+    """bitsandbytes repacks 4-bit weights at an eval forward on some CPUs; without gradients, and rounded to bf16."""
+    for folder in (neox, llama):
+        fresh, evaluated = (
+            trainer_for(folder, tmp_path / name, make_pairs(4), eval_pairs=make_pairs(4, seed=1)) for name in "ab"
+        )
+        rows = list(fresh.train_dataset)
+        expected = gradients(fresh, [rows])
+        evaluated.evaluate()
+        got = gradients(evaluated, [rows])
+        assert max(g.abs().max() for g in expected.values()) > 0
+        assert all(torch.equal(expected[name], got[name]) for name in expected)
+
+
 def test_the_result_is_a_plain_peft_adapter(neox, tmp_path):
     from peft import PeftModel
 
