@@ -15,7 +15,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-WORDS = ("the a small big red dog cat bird runs sleeps sings in on park house tree and or quickly softly . ? :").split()
+WORDS = [*"the a small big red dog cat bird runs sleeps sings in on park house tree and or quickly softly".split(), ".", "?", ":"]
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 PEFT_TARGETS = ["query_key_value", "dense"]
 
