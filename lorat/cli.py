@@ -62,6 +62,8 @@ def train(argv: list[str]) -> int:
         print(help_text())
         return 0
     args = parse_config(argv)
+    if args.log_level == "passive":
+        args.log_level = args.log_level_replica = "error"
 
     import torch
 
