@@ -11,7 +11,7 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
@@ -119,7 +119,8 @@ def _wrap(model: PreTrainedModel, peft_config: PeftConfig) -> PeftModel:
 
 
 def _check_head(model: PeftModel) -> None:
-    head = model.get_base_model().get_output_embeddings()
+    base: Any = model.get_base_model()
+    head = base.get_output_embeddings()
     if head is None:
         raise ModelError(f"{type(model.get_base_model()).__name__} has no output head: it is not a causal LM.")
     if any(p.requires_grad for p in head.parameters()) or not isinstance(head, nn.Linear) or head.weight.dim() != 2:
@@ -128,7 +129,7 @@ def _check_head(model: PeftModel) -> None:
         raise ModelError("the head itself is quantised; exclude it (llm_int8_skip_modules) when quantising the model.")
 
 
-def _check_base(model: PreTrainedModel, config: PeftConfig, given: str, check: bool) -> None:
+def _check_base(model: Any, config: PeftConfig, given: str, check: bool) -> None:
     """Refuse an adapter whose recorded base is another model: it would load, fit, and compute nonsense."""
     theirs, ours = config.base_model_name_or_path, model.config._name_or_path
     same = not theirs or not ours or Path(theirs).name.lower() == Path(ours).name.lower()

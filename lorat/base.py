@@ -82,7 +82,7 @@ def keep_trainable_on_cpu_(model: nn.Module) -> None:
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
             if getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False):
                 raise ModelError(
                     "this 4-bit model has run inference on the CPU, where bitsandbytes repacks its weights into a form "

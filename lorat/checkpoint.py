@@ -63,7 +63,7 @@ def flaw(folder: Path) -> str | None:
 
 
 def publish(staged: Path, final: Path) -> None:
-    """Seal `staged` and make it `final` by a rename; an older `final` is replaced."""
+    """Seal `staged` and make it `final` by a rename; an older `final` is replaced, or comes back if we die here."""
     seal(staged)
     if final.exists():
         old = final.with_name(f".old-{final.name}")
@@ -85,6 +85,10 @@ def checkpoints(output_dir: Path) -> list[Path]:
 
 def last_whole(output_dir: Path) -> tuple[Path | None, list[str]]:
     """The newest whole checkpoint, or None, and a sentence about each newer one that is torn."""
+    for old in output_dir.glob(".old-checkpoint-*"):  # killed between the two renames of `publish`
+        final = old.with_name(old.name.removeprefix(".old-"))
+        if not final.exists():
+            old.rename(final)
     torn: list[str] = []
     for folder in checkpoints(output_dir):
         problem = flaw(folder)

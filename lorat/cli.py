@@ -71,17 +71,17 @@ def train(argv: list[str]) -> int:
     from .reading import load_preference_data
     from .trainer import TrustRegionTrainer
 
-    output_dir = Path(args.output_dir)
+    output_dir, dataset = Path(str(args.output_dir)), str(args.dataset_name)
     folder, _ = ck.resolve_resume(args.resume_from_checkpoint, output_dir)
     if not args.overwrite_output_dir:  # before anything slow
         ck.guard_output_dir(output_dir, folder is not None, overwrite=False)
     say = _printer(args.process_index == 0)
     with args.main_process_first(desc="reading data"):
-        data = load_preference_data(args.dataset_name, args.dataset_split, args.dataset_config_name)
+        data = load_preference_data(dataset, args.dataset_split, args.dataset_config_name)
         held_out = None
         if args.eval_dataset_name or args.eval_dataset_split:
             held_out = load_preference_data(
-                args.eval_dataset_name or args.dataset_name,
+                args.eval_dataset_name or dataset,
                 args.eval_dataset_split or "train",
                 None if args.eval_dataset_name else args.dataset_config_name,
             )

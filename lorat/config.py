@@ -16,6 +16,10 @@ from transformers import TrainingArguments
 from .reference import Frozen, Hard, Soft, UpdateRule
 from .validation import check_config
 
+# transformers renamed gradient_checkpointing to activation_checkpointing; older versions lack the new name.
+_NAMES = {f.name for f in fields(TrainingArguments)}
+CHECKPOINTING = "activation_checkpointing" if "activation_checkpointing" in _NAMES else "gradient_checkpointing"
+
 GROUPS = ("Model", "Data", "Method", "Reference", "Adapter", "Run")
 
 
@@ -99,11 +103,13 @@ class TrustRegionConfig(TrainingArguments):
     # Defaults that differ from TrainingArguments.
     learning_rate: float = field(default=1e-5, metadata={"help": "Peak learning rate (LoRA: 5e-6 to 5e-5)."})
     logging_steps: float = field(default=10, metadata={"help": "Optimiser steps between logs."})
-    bf16: bool | None = field(default=None, metadata={"help": "bf16 autocast. Unset: where the GPU has it."})
+    bf16: bool | None = field(  # type: ignore[assignment]  # None until it is resolved
+        default=None, metadata={"help": "bf16 autocast. Unset: where the GPU has it."}
+    )
     gradient_checkpointing: bool | None = field(
         default=None, metadata={"help": "Older name of activation_checkpointing. Unset: on."}
     )
-    remove_unused_columns: bool | None = field(default=False, metadata={"help": "Stays off: lorat needs its columns."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Stays off: lorat needs its columns."})
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Stays off: a non-finite loss stops a run."})
 
     def __post_init__(self) -> None:
@@ -121,12 +127,10 @@ class TrustRegionConfig(TrainingArguments):
             self.sync_alpha = 0.6
         if self.sync != "frozen" and self.sync_every is None:
             self.sync_every = 512
-        # transformers renamed gradient_checkpointing to activation_checkpointing; older versions lack the new name.
-        name = "activation_checkpointing" if hasattr(self, "activation_checkpointing") else "gradient_checkpointing"
-        if getattr(self, name) is None and self.gradient_checkpointing is None:
-            setattr(self, name, True)
-        if getattr(self, f"{name}_kwargs") is None and self.gradient_checkpointing_kwargs is None:
-            setattr(self, f"{name}_kwargs", {"use_reentrant": False})
+        if getattr(self, CHECKPOINTING) is None and self.gradient_checkpointing is None:
+            setattr(self, CHECKPOINTING, True)
+        if getattr(self, f"{CHECKPOINTING}_kwargs") is None and self.gradient_checkpointing_kwargs is None:
+            setattr(self, f"{CHECKPOINTING}_kwargs", {"use_reentrant": False})
         super().__post_init__()
 
     @property
@@ -143,9 +147,13 @@ class TrustRegionConfig(TrainingArguments):
 
     def update_rule(self) -> UpdateRule:
         """A fresh update rule of the reference, as the fields describe it."""
-        if self.sync == "soft":
-            return Soft(alpha=float(self.sync_alpha), every=int(self.sync_every))
-        return Hard(every=int(self.sync_every)) if self.sync == "hard" else Frozen()
+        if self.sync == "frozen":
+            return Frozen()
+        assert self.sync_every is not None
+        if self.sync == "hard":
+            return Hard(every=int(self.sync_every))
+        assert self.sync_alpha is not None
+        return Soft(alpha=float(self.sync_alpha), every=int(self.sync_every))
 
     def own_fields(self) -> dict[str, Any]:
         """lorat's own settings as plain values, in declaration order."""

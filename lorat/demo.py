@@ -13,6 +13,7 @@ import random
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -22,10 +23,10 @@ from rich.table import Table
 from . import checkpoint as ck
 from . import toy
 from .base import load_base
-from .config import TrustRegionConfig
+from .config import CHECKPOINTING, TrustRegionConfig
 from .trainer import TrustRegionTrainer
 
-RUNS = {
+RUNS: dict[str, dict[str, Any]] = {
     "DPO": dict(sync="frozen"),
     "TR-DPO": dict(sync="soft", sync_alpha=0.1, sync_every=4),
 }
@@ -46,6 +47,15 @@ class Row:
 
 def run(out: Path, seed: int = 0, pairs: int = 3072) -> dict[str, Row]:
     """Run the demo into `out`; returns the table's rows. Raises `CheckpointError` if `out` holds something else."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # a model this small gains nothing from more, and loses much on a busy machine
+    try:
+        return _run(out, seed, pairs)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _run(out: Path, seed: int, pairs: int) -> dict[str, Row]:
     began = time.perf_counter()
     console = Console(highlight=False, soft_wrap=True)
     if (out / "demo.json").exists():
@@ -65,7 +75,7 @@ def run(out: Path, seed: int = 0, pairs: int = 3072) -> dict[str, Row]:
         tokenizer.save_pretrained(out / "sft")
     console.print(f"SFT model: {sum(p.numel() for p in sft.parameters()):,} parameters, saved to {out / 'sft'}")
 
-    config = _config(out / "sft", out / "none", seed, "frozen")
+    config = _config(out / "sft", out / "none", seed, sync="frozen")
     base = load_base(config)
     count = sum(p.numel() * p.element_size() for p in base.parameters() if p.dtype == torch.uint8)
     console.print(
@@ -100,11 +110,10 @@ def run(out: Path, seed: int = 0, pairs: int = 3072) -> dict[str, Row]:
     return rows
 
 
-def _config(model: Path, out: Path, seed: int, sync: str, **settings) -> TrustRegionConfig:
-    return TrustRegionConfig(
+def _config(model: Path, out: Path, seed: int, **settings: Any) -> TrustRegionConfig:
+    common: dict[str, Any] = dict(
         model_name_or_path=str(model),
         output_dir=str(out),
-        sync=sync,
         method="dpo",
         beta=2.0,
         learning_rate=3e-4,
@@ -120,14 +129,9 @@ def _config(model: Path, out: Path, seed: int, sync: str, **settings) -> TrustRe
         save_strategy="no",
         report_to="none",
         seed=seed,
-        **{_checkpointing_field(): False},
-        **settings,
     )
-
-
-def _checkpointing_field() -> str:
-    known = TrustRegionConfig.__dataclass_fields__
-    return "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
+    common[CHECKPOINTING] = False
+    return TrustRegionConfig(**common, **settings)
 
 
 @torch.no_grad()

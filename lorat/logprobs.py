@@ -11,7 +11,7 @@ a fraction of one, and float32 keeps 7 digits.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from lorat_kernels import linear_logprob
@@ -36,7 +36,7 @@ class Head:
 
     @classmethod
     def of(cls, model: PeftModel) -> Head:
-        causal = model.get_base_model()
+        causal: Any = model.get_base_model()
         config = causal.config.get_text_config()
         linear = causal.get_output_embeddings()
         temperature = 1.0
@@ -65,7 +65,7 @@ class LogProbs(NamedTuple):
 
 def backbone(model: PeftModel) -> nn.Module:
     """The decoder below the head, adapters and all."""
-    causal = model.get_base_model()
+    causal: Any = model.get_base_model()
     inner = causal.base_model
     return inner if inner is not causal else causal.get_decoder()
 

@@ -84,8 +84,8 @@ def merge(
     else:
         del with_adapter, model
         model = AutoModelForCausalLM.from_pretrained(name, dtype=trained.torch_dtype, use_safetensors=True)
-    merge_type = torch.float32  # add in float32, round once
-    merged = PeftModel.from_pretrained(model.to(merge_type), str(folder)).merge_and_unload(safe_merge=True)
+    model = model.float()  # add in float32, round once
+    merged: Any = PeftModel.from_pretrained(model, str(folder)).merge_and_unload(safe_merge=True)
     merged = merged.to(trained.torch_dtype if dtype == "auto" else getattr(torch, dtype))
     after = _token_logprobs(merged, rows)
     merged.save_pretrained(str(target))

@@ -26,8 +26,10 @@ class Pack:
     lengths: list[int]  # n: completion tokens of each completion, in the order of `targets`
 
     def to(self, device: torch.device | str) -> Pack:
-        moved = (x.to(device, non_blocking=True) for x in (self.input_ids, self.attention_mask))
-        return Pack(*moved, self.predict.to(device), self.targets.to(device), self.lengths)
+        ids, mask, predict, targets = (
+            x.to(device, non_blocking=True) for x in (self.input_ids, self.attention_mask, self.predict, self.targets)
+        )
+        return Pack(ids, mask, predict, targets, self.lengths)
 
 
 @dataclass

@@ -23,7 +23,7 @@ from .adapters import attach, lora_config, train_policy_only_
 from .base import load_base, load_tokenizer
 from .callbacks import ProgressCallback, ReferenceCallback, SignalCallback, Throughput, opening_lines
 from .config import TrustRegionConfig
-from .data import prepare
+from .data import DataReport, prepare
 from .engine import Engine
 from .errors import ConfigError, NonFiniteError
 from .logprobs import Head, check_head
@@ -69,7 +69,7 @@ class TrustRegionTrainer(CheckpointMixin, Trainer):
             args.model_name_or_path = model
         tokenizer = processing_class if processing_class is not None else load_tokenizer(args)
         check_tokenizer(tokenizer)
-        self.reports = []
+        self.reports: list[DataReport] = []
         train_dataset = self._prepared(train_dataset, tokenizer, args, "train")
         if isinstance(eval_dataset, dict):
             eval_dataset = {k: self._prepared(d, tokenizer, args, f"eval_{k}") for k, d in eval_dataset.items()}
@@ -169,9 +169,10 @@ class TrustRegionTrainer(CheckpointMixin, Trainer):
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch=None) -> Tensor:
         """Backpropagate a device batch, pack by pack; returns its share of the step's mean loss."""
         model.train()
-        if callable(getattr(self.optimizer, "train", None)):
-            self.optimizer.train()
+        if callable(into_train_mode := getattr(self.optimizer, "train", None)):
+            into_train_mode()  # schedule-free optimisers
         step, batch = self._step, inputs["batch"]
+        assert step is not None, "get_batch_samples comes first"
         if step.z0 is None:
             step.z0, tokens = self.engine.baseline(step.batches)
             self.tokens.local += tokens
@@ -246,8 +247,10 @@ class TrustRegionTrainer(CheckpointMixin, Trainer):
             self.eval_averages.add(name, table[:, 2 * k], table[:, 2 * k + 1])
         return losses.mean(), None, None
 
-    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
+    def evaluation_loop(  # the signature is the Trainer's
+        self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
+    ):
         self.eval_averages.reset()
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        output.metrics.update({f"{metric_key_prefix}_{k}": v for k, v in self.eval_averages.means().items()})
-        return output
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        means = {f"{metric_key_prefix}_{k}": v for k, v in self.eval_averages.means().items()}
+        return output._replace(metrics={**(output.metrics or {}), **means})

@@ -15,16 +15,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from safetensors import SafetensorError
+from torch import Tensor
 from transformers import Trainer
 from transformers.trainer_utils import rotate_checkpoints
 
 from . import checkpoint as ck
 from .adapters import load_adapter_, train_policy_only_
+from .callbacks import ProgressCallback, SignalCallback, Throughput
+from .config import TrustRegionConfig
+from .engine import Engine
 from .errors import CheckpointError
+from .metrics import Averages
 from .modelcard import write_model_card
-from .reference import POLICY, REFERENCE, snapshot
+from .reference import POLICY, REFERENCE, UpdateRule, snapshot
 
 logger = logging.getLogger("lorat")
 
@@ -64,16 +68,29 @@ TRAINER_FIELDS = (
 class CheckpointMixin(Trainer):
     """Saving and loading of `TrustRegionTrainer`; not a trainer on its own."""
 
+    model: Any  # a PeftModel
+    args: TrustRegionConfig
+    engine: Engine
+    rule: UpdateRule
+    averages: Averages
+    tokens: Throughput
+    signals: SignalCallback
+    progress: ProgressCallback
+    start: dict[str, Tensor]
     _staging = False
     _unsaved = False
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any):
+    @property
+    def run_dir(self) -> Path:
+        return Path(str(self.args.output_dir))
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any):
         """Train, or go on from a checkpoint: None, True (the last whole one), "auto", or a folder.
 
         Raises `CheckpointError` for an output folder that holds another run and for a checkpoint that is torn
         or belongs to other settings.
         """
-        output_dir = Path(self.args.output_dir)
+        output_dir = self.run_dir
         folder, notes = ck.resolve_resume(resume_from_checkpoint, output_dir)
         for note in notes:
             logger.warning(note)
@@ -90,7 +107,7 @@ class CheckpointMixin(Trainer):
             ck.write_json(output_dir / ck.RUN, self.run_identity())
         self.accelerator.wait_for_everyone()
         try:
-            return super().train(resume_from_checkpoint=str(folder) if folder else None, **kwargs)
+            return super().train(str(folder) if folder else None, *args, **kwargs)
         finally:
             self.signals.restore()
             self.progress.stop()
@@ -102,7 +119,7 @@ class CheckpointMixin(Trainer):
         plain = {
             k: str(getattr(v, "value", v)) if k in ("optim", "lr_scheduler_type") else v for k, v in theirs.items()
         }
-        data = {"train_examples": len(self.train_dataset)} if self.train_dataset is not None else {}
+        data = {} if self.train_dataset is None else {"train_examples": len(self.train_dataset)}  # type: ignore[arg-type]
         return {**own, **plain, **data}
 
     # ---- writing ----
@@ -147,12 +164,12 @@ class CheckpointMixin(Trainer):
             if failed:
                 logger.warning(self._failure_words(final, failure))
             else:
-                best = self.state.best_model_checkpoint
+                best = self.state.best_model_checkpoint  # type: ignore[assignment]  # None: there is none yet
                 rotate_checkpoints(str(run_dir), self.args.save_total_limit, best, use_mtime=False)
         self._unsaved = self.engine.summed(self._flag(failed)).item() > 0
         self.accelerator.wait_for_everyone()
 
-    def _flag(self, value: bool) -> torch.Tensor:
+    def _flag(self, value: bool) -> Tensor:
         return torch.tensor(float(value), device=self.args.device)
 
     def _failure_words(self, final: Path, error: Exception | None) -> str:
@@ -171,7 +188,7 @@ class CheckpointMixin(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """The policy at the root; the reference in `ref/` of a checkpoint, or where `save_reference` asks for it."""
-        folder = Path(output_dir or self.args.output_dir)
+        folder = Path(output_dir) if output_dir else self.run_dir
         adapters = [POLICY, REFERENCE] if self._staging or self.args.save_reference else [POLICY]
         self.model.save_pretrained(str(folder), selected_adapters=adapters, save_embedding_layers=False)
         if self.processing_class is not None:
@@ -186,8 +203,8 @@ class CheckpointMixin(Trainer):
         try:
             super().save_model(output_dir, _internal_call)
         except (OSError, SafetensorError) as error:
-            folder = output_dir or self.args.output_dir
-            last, _ = ck.last_whole(Path(self.args.output_dir))
+            folder = output_dir or str(self.run_dir)
+            last, _ = ck.last_whole(self.run_dir)
             raise CheckpointError(
                 f"the adapter could not be written to {folder!r}: {error}. Free space there or set another output_dir; "
                 f"the last good checkpoint is {str(last) if last else 'none'}, resume from it with "
@@ -200,7 +217,7 @@ class CheckpointMixin(Trainer):
         """Policy, reference, start, rule and averages of a checkpoint, each tensor verified."""
         folder = Path(resume_from_checkpoint)
         saved = ck.read_json(folder / ck.STATE)
-        target: PeftModel = self.model
+        target = self.model
         if (folder.parent / ck.START).is_dir():
             load_adapter_(target, folder.parent / ck.START, POLICY)
             self.start = snapshot(target, POLICY)
@@ -215,7 +232,7 @@ class CheckpointMixin(Trainer):
         self.tokens.local = pending if first else 0
 
     def _load_best_model(self) -> None:
-        best = Path(self.state.best_model_checkpoint)
+        best = Path(str(self.state.best_model_checkpoint))
         load_adapter_(self.model, best, POLICY)
         load_adapter_(self.model, best / REFERENCE, REFERENCE)
         train_policy_only_(self.model)

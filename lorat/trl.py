@@ -6,15 +6,11 @@ for is refused with a reason, never dropped in silence. TRL itself is not import
 
 from __future__ import annotations
 
-from dataclasses import fields
 from typing import Any
 
-from transformers import TrainingArguments
-
 from .coercion import shown
+from .config import CHECKPOINTING
 
-_NAMES = {f.name for f in fields(TrainingArguments)}
-CHECKPOINTING = "activation_checkpointing" if "activation_checkpointing" in _NAMES else "gradient_checkpointing"
 _OTHER = "gradient_checkpointing" if CHECKPOINTING == "activation_checkpointing" else "activation_checkpointing"
 
 # Other name -> lorat's name of the same setting.

@@ -106,7 +106,8 @@ def _data(c: TrustRegionConfig):
         )
     if c.max_prompt_length is not None and (not _number(c.max_prompt_length) or c.max_prompt_length < 1):
         yield f"max_prompt_length={c.max_prompt_length} leaves no prompt; set 1 or more, or remove it."
-    if _number(c.max_length) and _number(c.max_prompt_length) and c.max_prompt_length >= c.max_length > 1:
+    longest, prompt = c.max_length, c.max_prompt_length
+    if longest and prompt and _number(longest) and _number(prompt) and prompt >= longest > 1:
         yield (
             f"max_prompt_length={c.max_prompt_length} leaves no room for a completion in max_length={c.max_length}; "
             "set max_prompt_length below max_length."

@@ -6,6 +6,7 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that reaches for the hub is a bug
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # small models: threads only wait for each other on a busy machine
 
 import random
 from pathlib import Path
@@ -15,7 +16,12 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-WORDS = [*"the a small big red dog cat bird runs sleeps sings in on park house tree and or quickly softly".split(), ".", "?", ":"]
+WORDS = [
+    *"the a small big red dog cat bird runs sleeps sings in on park house tree and or quickly softly".split(),
+    ".",
+    "?",
+    ":",
+]
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 PEFT_TARGETS = ["query_key_value", "dense"]
 
@@ -115,7 +121,7 @@ def real_pythia_tokenizer() -> Path:
 
 def run_config(model: str, out: Path | str, **changes):
     """Settings of a short deterministic run on the CPU in float32, in 4-bit unless changed."""
-    from lorat.config import TrustRegionConfig
+    from lorat.config import CHECKPOINTING, TrustRegionConfig
 
     values = dict(
         model_name_or_path=model,
@@ -138,6 +144,5 @@ def run_config(model: str, out: Path | str, **changes):
         seed=7,
     )
     values.update(changes)
-    if not hasattr(TrustRegionConfig, "activation_checkpointing") and "activation_checkpointing" in values:
-        values["gradient_checkpointing"] = values.pop("activation_checkpointing")
+    values[CHECKPOINTING] = values.pop("activation_checkpointing")
     return TrustRegionConfig(**values)

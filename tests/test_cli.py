@@ -11,10 +11,10 @@ import subprocess
 import sys
 
 import pytest
+from conftest import make_pairs
 from safetensors.torch import load_file
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-from conftest import make_pairs
 from lorat.cli import main
 
 
@@ -181,7 +181,14 @@ def test_real_pairs_and_the_real_tokenizer(real_hh, real_pythia_tokenizer, tmp_p
     GPTNeoXForCausalLM(config).save_pretrained(model)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(real_pythia_tokenizer / name, model)
-    arguments = ["--model_name_or_path", str(model), "--dataset_name", str(real_hh), "--output_dir", str(tmp_path / "out")]
+    arguments = [
+        "--model_name_or_path",
+        str(model),
+        "--dataset_name",
+        str(real_hh),
+        "--output_dir",
+        str(tmp_path / "out"),
+    ]
     arguments += ["--max_length", "128", "--max_steps", "3", "--per_device_train_batch_size", "4", "--sync", "hard"]
     arguments += ["--sync_every", "2", "--logging_steps", "1", "--use_cpu", "true", "--learning_rate", "1e-3"]
     assert main(["train", *arguments]) == 0

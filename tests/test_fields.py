@@ -8,11 +8,11 @@ import shutil
 
 import pytest
 import torch
+from conftest import make_pairs, run_config
 from datasets import Dataset
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from conftest import make_pairs, run_config
 from lorat import base as base_module
 from lorat.base import load_base
 from lorat.reference import adapter_parameters

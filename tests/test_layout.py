@@ -23,7 +23,7 @@ ARROWS = {
     "tokenization": {"formats"},
     "coercion": {"sources"},
     "sources": set(),
-    "trl": {"coercion", "sources"},
+    "trl": {"coercion", "config", "sources"},
     "validation": {"config"},  # for its type alone
     "reading": {"formats"},
     "data": {"formats", "reading", "tokenization"},

@@ -233,3 +233,23 @@ def test_the_best_model_is_loaded_back_with_its_reference(neox, tmp_path):
         saved = load_file(folder / "adapter_model.safetensors")
         for name, p in adapter_parameters(trainer.model, adapter).items():
             assert torch.equal(p, saved[name])
+
+
+def test_a_checkpoint_is_not_lost_between_the_renames_that_replace_it(neox, tmp_path, uninterrupted, monkeypatch):
+    out = tmp_path / "run"
+    shutil.copytree(uninterrupted.args.output_dir, out)
+    staged = out / ck.SAVING / "checkpoint-10"
+    shutil.copytree(out / "checkpoint-10", staged)
+    rename = Path.rename
+
+    def die(self, target):
+        if self == staged:
+            raise SystemExit("killed")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", die)
+    with pytest.raises(SystemExit):
+        ck.publish(staged, out / "checkpoint-10")
+    monkeypatch.undo()
+    assert not (out / "checkpoint-10").exists()
+    assert ck.last_whole(out) == (out / "checkpoint-10", [])

@@ -1,21 +1,17 @@
-"""Per-row log-probs of the targets under a frozen head, in chunks of rows; `(N, V)` logits never exist.
+"""Per-row log-probs of the targets under a frozen head; `(N, V)` logits never exist. The public door of the kernels.
 
-Why: the log-ratio of policy and reference is a small difference of large numbers. Logits rounded to bf16 cost
-0.013-0.016 nats a token, 0.2-0.3 nats over 256 tokens: as much as the signal early in training. Here products are
-summed in float32 and logits are never rounded.
+Why: the log-ratio of policy and reference is a small difference of large numbers. Logits rounded to bf16 put noise of
+several thousandths of a nat on every token (`docs/kernel.md` has the measurement): over a sequence as much as the
+signal early in training. Here products are summed in float32 and logits are never rounded.
 
 How: with a frozen head the gradient of a row depends on nothing upstream but one number,
 `∂logp_i/∂h_i = Σ_v (1[v = y_i] − p_iv) · ∂logit_v/∂z_v · W_v`, so it is finished in the forward, while the chunk's
 probabilities exist: 4·N·V·D operations with gradient instead of the 6·N·V·D of recomputing, 2·N·V·D without.
 
-Cost: beside the result, about three `(chunk_rows, V)` float32 buffers, one `(8192, D)` float32 piece of the head where
-it is stored in 16 bits, and with gradient one `(N, D)` float32 buffer kept for the backward.
+One custom operator, `lorat::linear_logprob`, computes both; which code runs behind it (`launch.py` on a GPU, by the
+table in `plans.py`; `torch_path.py` elsewhere) depends on device and dtypes alone, never on N or on gradients.
 
-The log-probs are bitwise the same with and without gradient: one code path. They are **not** promised to be bitwise
-the same when the number of rows changes: BLAS may sum in another order for another shape.
-
-Left out: training the head, double backward, tensor-parallel heads. Plain torch; a Triton kernel can take over on CUDA
-behind the same function.
+Left out: training the head, double backward, tensor-parallel heads.
 """
 
 from __future__ import annotations
@@ -26,8 +22,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-CHUNK_ROWS = 512  # fewer rows re-read the head too often; more only cost memory
-VOCAB_BLOCK = 8192  # rows of a 16-bit head that exist in float32 at one time
+from . import launch, torch_path
+from .torch_path import CHUNK_ROWS, VOCAB_BLOCK
+
+__all__ = ["BUDGET", "CHUNK_ROWS", "VOCAB_BLOCK", "linear_logprob"]
+
+BUDGET = 300_000_000  # bytes; 8192 rows of a 151,936 × 4096 head with gradient fit with chunks of 512 rows
 
 
 def linear_logprob(
@@ -39,7 +39,8 @@ def linear_logprob(
     temperature: float = 1.0,
     softcap: float | None = None,
     ignore_index: int = -100,
-    chunk_rows: int = CHUNK_ROWS,
+    chunk_rows: int | None = None,
+    budget: int = BUDGET,
 ) -> Tensor:
     """`log_softmax(logits)[i, targets[i]]` with `logits = softcap·tanh((hidden Wᵀ + b)/softcap) / temperature`.
 
@@ -48,10 +49,14 @@ def linear_logprob(
     hidden or weight is). Rows whose target is `ignore_index` give exactly 0 and no gradient. Only `hidden` gets a
     gradient: summed in float32, returned in its dtype.
 
-    Raises `ValueError` for shapes or dtypes that do not fit, a head that requires grad (freeze it), or, on the CPU, a
-    target outside the vocabulary; on a GPU that target's log-prob is NaN instead, which costs no synchronisation.
+    `budget` bounds, in bytes, what a GPU call allocates beside its result; rows are computed in chunks that fit, of at
+    least 512 rows. `chunk_rows` sets the chunk directly. A row's log-prob depends on neither.
+
+    Raises `ValueError` for shapes or dtypes that do not fit, a head that is no plain tensor or requires grad (freeze
+    it), or, on the CPU, a target outside the vocabulary; on a GPU that target's log-prob is NaN instead, which costs no
+    synchronisation.
     """
-    _check(hidden, weight, targets, bias, temperature, softcap, chunk_rows)
+    _check(hidden, weight, targets, bias, temperature, softcap, chunk_rows, budget)
     with_grad = torch.is_grad_enabled() and hidden.requires_grad
     if torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad)):
         raise ValueError(
@@ -59,8 +64,9 @@ def linear_logprob(
             "untrained without a word. Freeze it with requires_grad_(False) and adapt other layers, or use "
             "lorat_kernels.naive.linear_logprob, which differentiates the head."
         )
-    _check_range(targets, weight.shape[0], ignore_index)
-    options = (temperature, softcap, ignore_index, chunk_rows)
+    if not torch.compiler.is_compiling():
+        _check_range(targets, weight.shape[0], ignore_index)
+    options = (temperature, softcap, ignore_index, chunk_rows, budget, launch.candidate_of(hidden, weight))
     if with_grad:
         return _LinearLogprob.apply(hidden, weight, targets, bias, options)
     return _forward(hidden, weight, targets, bias, False, *options)[0]
@@ -78,11 +84,15 @@ class _LinearLogprob(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor):
         (grad,) = ctx.saved_tensors
-        return (grad * upstream[:, None]).to(ctx.dtype), None, None, None, None
+        if torch.compiler.is_compiling():
+            return (grad * upstream[:, None]).to(ctx.dtype), None, None, None, None
+        product = torch.empty(grad.shape, dtype=ctx.dtype, device=grad.device)
+        torch.mul(grad, upstream[:, None], out=product)  # rounded once, and no (N, D) float32 in between
+        return product, None, None, None, None
 
 
-@torch.no_grad()
-def _forward(
+@torch.library.custom_op("lorat::linear_logprob", mutates_args=())
+def _operator(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
@@ -91,58 +101,35 @@ def _forward(
     temperature: float,
     softcap: float | None,
     ignore_index: int,
-    chunk_rows: int,
-) -> tuple[Tensor, Tensor | None]:
-    """Log-probs `(N,)` and, with gradient, `∂logp_i/∂h_i` `(N, D)`."""
-    rows, vocab = hidden.shape[0], weight.shape[0]
-    dtype = torch.promote_types(torch.promote_types(hidden.dtype, weight.dtype), torch.float32)
-    logp = torch.empty(rows, dtype=dtype, device=hidden.device)
-    # float32 whatever hidden is: rounded once, after the upstream factor; fp16 would also lose small gradients before
-    # the loss scale reaches them
-    grad = torch.empty(hidden.shape, dtype=dtype, device=hidden.device) if with_grad else None
-    blocks = [slice(v, min(v + VOCAB_BLOCK, vocab)) for v in range(0, vocab, VOCAB_BLOCK)]
-    with torch.autocast(hidden.device.type, enabled=False):
-        for start in range(0, rows, chunk_rows):
-            chunk = slice(start, min(start + chunk_rows, rows))
-            h = hidden[chunk].to(dtype)
-            logits = torch.empty(h.shape[0], vocab, dtype=dtype, device=h.device)
-            for block in blocks:
-                torch.mm(h, weight[block].to(dtype).T, out=logits[:, block])
-            if bias is not None:
-                logits += bias.to(dtype)
-            slope = None  # ∂logit/∂z, times temperature
-            if softcap is not None:
-                logits.div_(softcap).tanh_()
-                if with_grad:
-                    slope = 1 - logits.square()
-                logits *= softcap
-            logits /= temperature
+    chunk_rows: int | None,
+    budget: int,
+    candidate: str,
+) -> tuple[Tensor, Tensor]:
+    """Log-probs `(N,)` and `∂logp_i/∂h_i` `(N, D)`, or `(0, D)` without gradient."""
+    with torch.no_grad():
+        if candidate == "torch":
+            logp, grad = torch_path.forward(
+                hidden, weight, targets, bias, with_grad, temperature, softcap, ignore_index, chunk_rows or CHUNK_ROWS
+            )
+        else:
+            options = launch.Options(temperature, softcap, ignore_index)
+            logp, grad = launch.forward(
+                hidden, weight, targets, bias, with_grad, options, chunk_rows, budget, candidate
+            )
+    return logp, logp.new_empty(0, hidden.shape[1]) if grad is None else grad
 
-            y = targets[chunk].long()
-            ignored = y == ignore_index
-            outside = ((y < 0) | (y >= vocab)) & ~ignored
-            index = y.masked_fill(ignored | outside, 0)[:, None]
-            highest, at = logits.max(dim=1, keepdim=True)
-            logits -= highest
-            target_logit = logits.gather(1, index)
-            probs = logits.exp_()
-            # Σ exp without its greatest term, which is 1: log1p keeps the digits of a log-prob near 0
-            others = probs.scatter_(1, at, 0.0).sum(dim=1, keepdim=True)
-            row_logp = (target_logit - others.log1p()).masked_fill_(outside[:, None], torch.nan)
-            row_logp.masked_fill_(ignored[:, None], 0.0)
-            logp[chunk] = row_logp.squeeze(1)
-            if grad is None:
-                continue
-            # onehot − p, where 1 − p of the target is −expm1(logp): with p near 1 it keeps its digits too
-            residual = probs.scatter_(1, at, 1.0).div_(-1 - others).scatter_(1, index, -row_logp.expm1())
-            if slope is not None:
-                residual *= slope
-            residual /= temperature
-            residual.masked_fill_(ignored[:, None], 0.0)
-            h_grad = grad[chunk].zero_()
-            for block in blocks:
-                h_grad.addmm_(residual[:, block], weight[block].to(dtype))
-    return logp, grad
+
+@_operator.register_fake
+def _(hidden, weight, targets, bias, with_grad, *options):
+    dtype = torch.promote_types(torch.promote_types(hidden.dtype, weight.dtype), torch.float32)
+    rows = hidden.shape[0]
+    return (
+        torch.empty(rows, dtype=dtype, device=hidden.device),
+        torch.empty(rows if with_grad else 0, hidden.shape[1], dtype=dtype, device=hidden.device),
+    )
+
+
+_forward = _operator  # the one place where values and gradients come from; tests watch it
 
 
 def _check(
@@ -152,8 +139,14 @@ def _check(
     bias: Tensor | None,
     temperature: float,
     softcap: float | None,
-    chunk_rows: int,
+    chunk_rows: int | None,
+    budget: int,
 ) -> None:
+    if not isinstance(weight, Tensor):
+        raise ValueError(
+            f"weight is a {type(weight).__name__}, not a tensor: pass the head's weight. Of a head under an adapter the "
+            "weight alone would be the base's, so leave the head out of the adapter, or merge it first."
+        )
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(
             f"hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)} must be (N, D) and (V, D). A head stored "
@@ -173,8 +166,12 @@ def _check(
         raise ValueError(f"temperature={temperature} must be positive; 1 leaves the distribution as it is.")
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap={softcap} must be positive, or None for a head without one.")
-    if chunk_rows < 1:
-        raise ValueError(f"chunk_rows={chunk_rows} must be at least 1; {CHUNK_ROWS} is the default.")
+    if chunk_rows is not None and chunk_rows < 1:
+        raise ValueError(f"chunk_rows={chunk_rows} must be at least 1; None lets the budget decide.")
+    if budget < 1:
+        raise ValueError(
+            f"budget={budget} must be positive: the bytes that a call may allocate; {BUDGET} is the default."
+        )
 
 
 def _check_range(targets: Tensor, vocab: int, ignore_index: int) -> None:
