@@ -10,8 +10,10 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
 from transformers import TrainerCallback
 
 from .reference import UpdateRule
@@ -74,6 +76,8 @@ class ProgressCallback(TrainerCallback):
         self.console = Console(stderr=True)
         self.label = label or f"{trainer.args.method.upper()} {trainer.args.sync}"
         self.bar: Progress | None = None
+        self.live: Live | None = None
+        self.line = Text("", style="cyan", overflow="ellipsis", no_wrap=True)
         self.words = ""
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
@@ -87,17 +91,18 @@ class ProgressCallback(TrainerCallback):
                 BarColumn(bar_width=None),
                 MofNCompleteColumn(),
                 TimeElapsedColumn(),
+                TextColumn("left"),
                 TimeRemainingColumn(),
-                TextColumn("{task.fields[words]}"),
-                console=self.console,
                 expand=True,
             )
-            self.task = self.bar.add_task(self.label, total=state.max_steps, completed=state.global_step, words="")
-            self.bar.start()
+            self.task = self.bar.add_task(self.label, total=state.max_steps, completed=state.global_step)
+            self.live = Live(Group(self.bar, self.line), console=self.console, refresh_per_second=4)
+            self.live.start()
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
         if self.bar:
-            self.bar.update(self.task, completed=state.global_step, words=f"{self.words}{self._moved()}")
+            self.bar.update(self.task, completed=state.global_step)
+            self.line.plain = f"{self.words}{self._moved()}"
 
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
         if not state.is_world_process_zero or not logs:
@@ -107,7 +112,7 @@ class ProgressCallback(TrainerCallback):
             return
         self.words = words
         if self.bar:
-            self.bar.update(self.task, words=f"{self.words}{self._moved()}")
+            self.line.plain = f"{self.words}{self._moved()}"
         elif not args.disable_tqdm:
             self.console.print(
                 f"step {state.global_step}/{state.max_steps}  {self.words}{self._moved()}", soft_wrap=True
@@ -121,9 +126,9 @@ class ProgressCallback(TrainerCallback):
         self.stop()
 
     def stop(self) -> None:
-        if self.bar:
-            self.bar.stop()
-            self.bar = None
+        if self.live:
+            self.live.stop()
+            self.live = self.bar = None
 
 
 def describe_metrics(logs: dict[str, float]) -> str:

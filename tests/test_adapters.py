@@ -214,7 +214,20 @@ def test_a_head_that_is_not_what_it_seems_is_found(neox, tmp_path):
     head = Head.of(model)
     check_head(model, head, torch.device("cpu"))
     with pytest.raises(ModelError, match="silently wrong"):
-        check_head(model, Head(head.weight, head.bias, None, 2.0), torch.device("cpu"))
+        check_head(model, Head(head.weight, head.bias, None, 1.1), torch.device("cpu"))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_rounding_of_wide_16_bit_logits_is_not_taken_for_another_head(neox, tmp_path, dtype):
+    plain = base(neox, tmp_path, load_in_4bit=False, dtype=dtype)
+    with torch.no_grad():
+        plain.get_output_embeddings().weight.mul_(12)  # logits of about 50, where bf16 steps by 0.25
+    model = attach(plain, LoraConfig(target_modules=["dense"]))
+    head = Head.of(model)
+    assert model(input_ids=torch.arange(3, 20)[None]).logits.abs().max() > 40
+    check_head(model, head, torch.device("cpu"))
+    with pytest.raises(ModelError, match="silently wrong"):
+        check_head(model, Head(head.weight, head.bias, None, 1.2), torch.device("cpu"))
 
 
 def test_a_file_that_peft_wrote_comes_back_bit_for_bit(neox, tmp_path):
