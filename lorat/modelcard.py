@@ -22,6 +22,7 @@ reference.
 | | |
 |---|---|
 | base | `{base}`{quantised} |
+| started from | {start} |
 | data | {data} |
 | method | {method}, beta {beta:g} |
 | reference | {reference} |
@@ -51,6 +52,8 @@ def write_model_card(folder: Path, trainer: CheckpointMixin) -> None:
     moved = f"{rule.updates} update{'' if rule.updates == 1 else 's'}"
     reference = f"{args.sync}, alpha {rule.alpha:g} every {rule.every} steps, lag {rule.lag:.1f} steps, {moved}"
     method = {"dpo": "DPO", "ipo": "IPO", "kto": "KTO"}[args.method]
+    start = f"adapter `{args.policy_adapter}`" if args.policy_adapter else "the base itself"
+    start += f", reference from adapter `{args.ref_adapter}`" if args.ref_adapter else ""
     data = args.dataset_name or "given in Python"
     quantised = (
         ", in 4-bit " + args.bnb_4bit_quant_type.upper() if getattr(base, "is_quantized", args.load_in_4bit) else ""
@@ -60,6 +63,7 @@ def write_model_card(folder: Path, trainer: CheckpointMixin) -> None:
         base=base,
         folder=folder,
         quantised=quantised,
+        start=start,
         method=("TR-" if rule.moves else "") + method,
         sync={"frozen": "frozen", "soft": "softly moving", "hard": "hard-updated"}[args.sync],
         data=f"`{data}`, split `{args.dataset_split}`" if args.dataset_name else data,

@@ -127,6 +127,8 @@ def test_starting_adapters(neox, tmp_path):
         assert torch.equal(adapter_parameters(against.model, "ref")[name], value)
         if "lora_B" in name:
             assert not adapter_parameters(against.model, "default")[name].any()
+    go_on.save_model(str(tmp_path / "card"))
+    assert f"adapter `{folder}`" in (tmp_path / "card" / "README.md").read_text()
     go_on.args.max_steps = 1
     go_on.train()  # start/distance is measured from the adapter it began with, not from the plain base
     against_base = sum(v.square().sum().item() for k, v in saved.items() if "lora_B" in k) ** 0.5
