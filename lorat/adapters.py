@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
@@ -65,6 +66,11 @@ def attach(
     if isinstance(model, PeftModel):
         if POLICY not in model.peft_config:
             raise ModelError(f"the model's adapters are {sorted(model.peft_config)}, none is 'default', the policy.")
+        if policy_adapter or (ref_adapter and REFERENCE in model.peft_config):
+            raise ModelError(
+                f"the model comes with adapters {sorted(model.peft_config)}, and policy_adapter={policy_adapter!r}, "
+                f"ref_adapter={ref_adapter!r} name others; hand over the base model, or leave them out."
+            )
         policy = model
     elif policy_adapter:
         folder = adapter_folder(policy_adapter)
@@ -81,11 +87,12 @@ def attach(
             ref_config = _read_adapter_config(folder)
             _check_base(policy.get_base_model(), ref_config, ref_adapter, check_base)
             policy.add_adapter(REFERENCE, ref_config)
-            _check_pairs(policy, ref_adapter)
+            _check_pairs(policy, f"ref_adapter={ref_adapter!r}")
             load_adapter_(policy, folder, REFERENCE)
         else:
             policy.add_adapter(REFERENCE, copy.deepcopy(policy.peft_config[POLICY]))
             copy_(policy, POLICY, REFERENCE)
+    _check_pairs(policy, "the model's own adapter 'ref'")
     for adapter in (POLICY, REFERENCE):
         for p in adapter_parameters(policy, adapter).values():
             if p.dtype in (torch.bfloat16, torch.float16):
@@ -133,6 +140,8 @@ def _check_base(model: Any, config: PeftConfig, given: str, check: bool) -> None
     """Refuse an adapter whose recorded base is another model: it would load, fit, and compute nonsense."""
     theirs, ours = config.base_model_name_or_path, model.config._name_or_path
     same = not theirs or not ours or Path(theirs).name.lower() == Path(ours).name.lower()
+    if theirs and ours and Path(theirs).exists() and Path(ours).exists():
+        same = Path(theirs).samefile(ours)
     if check and not same:
         raise ModelError(
             f"adapter {given!r} was trained on {theirs!r}, the base here is {ours!r}. On another base its weights mean "
@@ -144,16 +153,19 @@ def _check_pairs(model: PeftModel, given: str) -> None:
     try:
         paired(model, POLICY, REFERENCE)
     except ValueError as error:
-        raise ModelError(f"ref_adapter={given!r} cannot be the reference of this policy: {error}") from error
+        raise ModelError(f"{given} cannot be the reference of this policy: {error}") from error
 
 
 def _read_adapter_config(folder: Path) -> PeftConfig:
     try:
-        return PeftConfig.from_pretrained(str(folder))
+        config = PeftConfig.from_pretrained(str(folder))
     except Exception as error:
         raise ModelError(
             f"{str(folder)!r} holds no readable {ADAPTER_CONFIG} ({first_line(error)}); name a folder that PEFT saved."
         ) from error
+    if not isinstance(config, LoraConfig):
+        raise ModelError(f"{str(folder)!r} holds a {config.peft_type} adapter; policy and reference are LoRA adapters.")
+    return config
 
 
 def adapter_folder(name: str) -> Path:
@@ -177,7 +189,12 @@ def adapter_folder(name: str) -> Path:
 @torch.no_grad()
 def load_adapter_(model: PeftModel, folder: Path, adapter: str) -> None:
     """Read `folder`'s safetensors into `adapter` and check that every tensor arrived, bit for bit."""
-    saved = load_file(folder / ADAPTER_WEIGHTS)
+    try:
+        saved = load_file(folder / ADAPTER_WEIGHTS)
+    except (SafetensorError, OSError) as error:
+        raise ModelError(
+            f"{str(folder / ADAPTER_WEIGHTS)!r} cannot be read ({error}); it is damaged or missing."
+        ) from error
     try:
         set_peft_model_state_dict(model, saved, adapter_name=adapter)
         held = adapter_state(model, adapter)
@@ -195,6 +212,19 @@ def load_adapter_(model: PeftModel, folder: Path, adapter: str) -> None:
 def adapter_state(model: PeftModel, adapter: str) -> dict[str, torch.Tensor]:
     """An adapter's tensors under the names that PEFT gives them on disk."""
     return get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
+
+
+def record_base_(config: TrustRegionConfig, model: PeftModel) -> None:
+    """Set `config`'s 4-bit fields and dtype to what the base really is; a model handed over may be anything."""
+    base: Any = model.get_base_model()
+    quantised = getattr(base.config, "quantization_config", None)
+    config.load_in_4bit = bool(getattr(base, "is_loaded_in_4bit", False))
+    dtype = base.get_output_embeddings().weight.dtype
+    if config.load_in_4bit:
+        config.bnb_4bit_quant_type = quantised.bnb_4bit_quant_type
+        config.bnb_4bit_use_double_quant = bool(quantised.bnb_4bit_use_double_quant)
+        dtype = quantised.bnb_4bit_compute_dtype
+    config.dtype = str(dtype).removeprefix("torch.")  # type: ignore[assignment]
 
 
 def train_policy_only_(model: PeftModel) -> None:

@@ -61,6 +61,11 @@ class SignalCallback(TrainerCallback):
             self.received = int(self.trainer.accelerator.gather(flag).max().item()) or None
         if self.received is not None and state.global_step < state.max_steps:
             control.should_save = control.should_training_stop = True
+            control.should_evaluate = False  # the checkpoint first: whoever sent the signal may not wait
+
+    def on_epoch_end(self, args, state, control, **kwargs) -> None:
+        if control.should_training_stop and self.received is not None:  # saved already
+            control.should_save = control.should_evaluate = False
 
     def restore(self) -> None:
         """Put the handlers back that were there before."""
@@ -81,6 +86,7 @@ class ProgressCallback(TrainerCallback):
         self.words = ""
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
+        self.trainer.tokens.restart()
         if not state.is_world_process_zero or args.disable_tqdm:
             return
         for line in self.trainer.opening_lines(state.max_steps):
@@ -181,6 +187,10 @@ class Throughput:
 
     def __init__(self) -> None:
         self.local = self.total = 0
+        self._at = time.perf_counter()
+
+    def restart(self) -> None:
+        """Begin the clock anew, without what came before."""
         self._at = time.perf_counter()
 
     def lap(self, summed: Callable[[torch.Tensor], torch.Tensor]) -> tuple[int, float]:

@@ -13,6 +13,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,25 +40,28 @@ def seal(folder: Path) -> None:
     }
     with (folder / MANIFEST).open("w") as f:
         json.dump(files, f, indent=1)
-        f.flush()
-        os.fsync(f.fileno())
+    for path in (*(folder / name for name in files), folder / MANIFEST, folder):  # on the disk before older ones go
+        handle = os.open(path, os.O_RDONLY)
+        os.fsync(handle)
+        os.close(handle)
 
 
 def flaw(folder: Path) -> str | None:
     """What is wrong with a checkpoint, in words; None if it is whole."""
     try:
         files = json.loads((folder / MANIFEST).read_text())
+        expected = {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in files.items()}
     except FileNotFoundError:
         return f"{MANIFEST} is missing"
-    except (OSError, ValueError) as error:
-        return f"{MANIFEST} cannot be read ({error})"
-    for name, expected in files.items():
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        return f"{MANIFEST} cannot be read ({type(error).__name__}: {error})"
+    for name, (size, digest) in expected.items():
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"
-        if path.stat().st_size != expected["bytes"]:
-            return f"{name} has {path.stat().st_size} bytes instead of {expected['bytes']}"
-        if _digest(path) != expected["sha256"]:
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} bytes instead of {size}"
+        if _digest(path) != digest:
             return f"{name} is damaged (SHA-256 differs)"
     return None
 
@@ -69,7 +73,11 @@ def publish(staged: Path, final: Path) -> None:
         old = final.with_name(f".old-{final.name}")
         shutil.rmtree(old, ignore_errors=True)
         final.rename(old)
-        staged.rename(final)
+        try:
+            staged.rename(final)
+        except OSError:
+            old.rename(final)
+            raise
         shutil.rmtree(old, ignore_errors=True)
     else:
         staged.rename(final)
@@ -87,8 +95,7 @@ def last_whole(output_dir: Path) -> tuple[Path | None, list[str]]:
     """The newest whole checkpoint, or None, and a sentence about each newer one that is torn."""
     for old in output_dir.glob(".old-checkpoint-*"):  # killed between the two renames of `publish`
         final = old.with_name(old.name.removeprefix(".old-"))
-        if not final.exists():
-            old.rename(final)
+        shutil.rmtree(old) if final.exists() else old.rename(final)
     torn: list[str] = []
     for folder in checkpoints(output_dir):
         problem = flaw(folder)
@@ -128,22 +135,49 @@ def resolve_resume(given: str | bool | None, output_dir: Path) -> tuple[Path | N
     return folder, []
 
 
-def guard_output_dir(output_dir: Path, resuming: bool, overwrite: bool) -> None:
-    """Refuse an output folder that holds another run; with `overwrite` delete what lorat wrote there.
+def set_aside_newer(output_dir: Path, step: int) -> list[str]:
+    """Rename checkpoints beyond `step` to `set-aside-checkpoint-N`: torn ones, and those of a course not taken.
 
-    Raises `CheckpointError`. A folder that holds only files that lorat did not write is left to the user.
+    Otherwise the run that goes on from `step` would find them later, as its own newest ones. Returns their names.
     """
-    ours = [p for p in (output_dir / RUN, output_dir / START, output_dir / SAVING, output_dir / "ref") if p.exists()]
-    ours += checkpoints(output_dir) + list(output_dir.glob("adapter_*"))
-    if resuming or not ours:
+    moved = []
+    for folder in checkpoints(output_dir):
+        if int(folder.name.removeprefix("checkpoint-")) > step:
+            aside = folder.with_name(f"set-aside-{folder.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            folder.rename(aside)
+            moved.append(folder.name)
+    return moved
+
+
+def guard_output_dir(output_dir: Path, resuming: bool, overwrite: bool, inputs: Sequence[str | None] = ()) -> None:
+    """Refuse an output folder that holds another run; with `overwrite` delete what lorat wrote there, nothing else.
+
+    `inputs`: folders that the new run reads, which must not be deleted for it. Raises `CheckpointError`.
+    """
+    names = [RUN, SAVING, "adapter_model.safetensors", "adapter_config.json"]
+    found = [output_dir / n for n in names if (output_dir / n).exists()]
+    found += [p for p in (output_dir / START, output_dir / "ref") if (p / "adapter_config.json").exists()]
+    found += [p for p in output_dir.glob("set-aside-checkpoint-*") if p.is_dir()] + checkpoints(output_dir)
+    if resuming or not found:
         return
+    where = f"output_dir={str(output_dir)!r} holds another run ({', '.join(sorted(p.name for p in found)[:4])})."
     if not overwrite:
         raise CheckpointError(
-            f"output_dir={str(output_dir)!r} holds another run ({', '.join(sorted(p.name for p in ours)[:4])}). Set "
-            "resume_from_checkpoint: true to continue it, another output_dir to keep it, or overwrite_output_dir: true "
-            "to delete it."
+            f"{where} Set resume_from_checkpoint: true to continue it, another output_dir to keep it, or "
+            "overwrite_output_dir: true to delete it."
         )
-    for path in ours:
+    if not (output_dir / RUN).is_file():
+        raise CheckpointError(
+            f"{where} It was not written by lorat, which deletes only its own; set another output_dir."
+        )
+    for given in (Path(i).resolve() for i in inputs if i):
+        if any(given == p.resolve() or p.resolve() in given.parents for p in found) or given == output_dir.resolve():
+            raise CheckpointError(
+                f"{where} overwrite_output_dir would delete {str(given)!r}, which this run starts from; set another "
+                "output_dir."
+            )
+    for path in found:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
@@ -165,5 +199,6 @@ def check_same_run(saved: dict[str, Any], now: dict[str, Any], folder: Path) -> 
         lines = "\n".join(f"  - {line}" for line in changed)
         raise CheckpointError(
             f"{str(folder)!r} belongs to a run with other settings, so resuming would be neither that run nor a new "
-            f"one:\n{lines}\nSet them back, or start a new run with policy_adapter: {folder}."
+            f"one:\n{lines}\nSet them back, or start a new run in another output_dir, with policy_adapter: {folder} and "
+            f"ref_adapter: {folder / 'ref'}."
         )

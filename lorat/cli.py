@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import shlex
 import sys
 import warnings
 from pathlib import Path
@@ -85,10 +86,10 @@ def train(argv: list[str]) -> int:
                 args.eval_dataset_split or "train",
                 None if args.eval_dataset_name else args.dataset_config_name,
             )
-    trainer = TrustRegionTrainer(None, args, data, held_out)
-    for report in trainer.reports:
-        say(report.render())
     try:
+        trainer = TrustRegionTrainer(None, args, data, held_out)
+        for report in trainer.reports:
+            say(report.render())
         trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     except torch.cuda.OutOfMemoryError as error:
         _say_error(
@@ -98,7 +99,14 @@ def train(argv: list[str]) -> int:
         return 1
     number = trainer.signals.received
     if number is not None and trainer.state.global_step < trainer.state.max_steps:
-        again = " ".join([*argv, "--resume_from_checkpoint true"])
+        if trainer.unsaved:
+            last = ck.last_whole(output_dir)[0]
+            _say_error(
+                f"stopped by a signal at step {trainer.state.global_step}, and the checkpoint could not be written; the last "
+                f"good one is {last or 'none'}."
+            )
+            return 128 + number
+        again = shlex.join([*argv, "--resume_from_checkpoint", "true"])
         say(
             f"Stopped by a signal at step {trainer.state.global_step}, checkpoint saved. Go on with:\n  lorat train {again}"
         )
@@ -138,10 +146,12 @@ def merge(argv: list[str]) -> int:
     parser.add_argument(
         "--dtype", choices=("auto", "bfloat16", "float16", "float32"), default="auto", help="type to save in"
     )
+    parser.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the base")
     options = parser.parse_args(argv)
     from .merge import merge as fold
 
-    print(fold(options.run, options.out, options.base, options.base_model, options.dtype).render())
+    report = fold(options.run, options.out, options.base, options.base_model, options.dtype, options.trust_remote_code)
+    print(report.render())
     return 0
 
 

@@ -7,11 +7,13 @@ and what was tokenised before passes through untouched. Reading files is in `rea
 from __future__ import annotations
 
 import bisect
+import hashlib
 import math
 from dataclasses import dataclass, field
 from typing import Any
 
 import datasets
+import pyarrow.compute as pc
 from datasets import Dataset, Features, List, Value
 from transformers import PreTrainedTokenizerBase
 
@@ -194,3 +196,25 @@ def _quantiles(values: list[int]) -> tuple[int, int, int]:
     ordered = sorted(values)
     median, high = (ordered[math.ceil(q * len(ordered)) - 1] for q in (0.5, 0.95))
     return median, high, ordered[-1]
+
+
+def extent(datasets: list[Dataset]) -> tuple[int, int]:
+    """`(greatest token id, tokens of the longest row)` over tokenised datasets; (0, 0) for none."""
+    greatest = longest = 0
+    for batch in (b for d in datasets for b in d.with_format("arrow").iter(10_000)):
+        lists = [batch[name] for name in batch.column_names if name.endswith("_ids")]
+        greatest = max([greatest, *(pc.max(pc.list_flatten(c)).as_py() or 0 for c in lists)])
+        sizes = {n: pc.list_value_length(batch[n]) for n in batch.column_names if n.endswith("_ids")}
+        for name in sizes.keys() - {"prompt_ids"}:
+            longest = max(longest, pc.max(pc.add(sizes["prompt_ids"], sizes[name])).as_py() or 0)
+    return greatest, longest
+
+
+def digest(dataset: Dataset) -> str:
+    """SHA-256 of a tokenised dataset's token ids and where each row's begin, to tell data apart from other data."""
+    total = hashlib.sha256()
+    for batch in dataset.with_format("arrow").iter(10_000):
+        for name in sorted(n for n in batch.column_names if n.endswith("_ids")):
+            for values in (pc.list_value_length(batch[name]), pc.list_flatten(batch[name])):
+                total.update(values.to_numpy().astype("int64").tobytes())
+    return total.hexdigest()

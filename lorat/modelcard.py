@@ -55,9 +55,7 @@ def write_model_card(folder: Path, trainer: CheckpointMixin) -> None:
     start = f"adapter `{args.policy_adapter}`" if args.policy_adapter else "the base itself"
     start += f", reference from adapter `{args.ref_adapter}`" if args.ref_adapter else ""
     data = args.dataset_name or "given in Python"
-    quantised = (
-        ", in 4-bit " + args.bnb_4bit_quant_type.upper() if getattr(base, "is_quantized", args.load_in_4bit) else ""
-    )
+    quantised = ", in 4-bit " + args.bnb_4bit_quant_type.upper() if args.load_in_4bit else ""
     text = BODY.format(
         title=f"{Path(base).name} aligned by {'TR-' if rule.moves else ''}{method}",
         base=base,

@@ -13,19 +13,21 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainerCallback
 from transformers import ProgressCallback as PlainProgressCallback
 
-from .adapters import attach, lora_config, train_policy_only_
+from .adapters import attach, lora_config, record_base_, train_policy_only_
 from .base import load_base, load_tokenizer
 from .callbacks import ProgressCallback, ReferenceCallback, SignalCallback, Throughput, opening_lines
+from .checkpoint import last_whole
 from .config import TrustRegionConfig
-from .data import DataReport, prepare
+from .data import DataReport, extent, prepare
 from .engine import Engine
-from .errors import ConfigError, NonFiniteError
+from .errors import ConfigError, ModelError, NonFiniteError
 from .logprobs import Head, check_head
 from .metrics import Averages
 from .objectives import Outcome, objective
@@ -67,6 +69,10 @@ class TrustRegionTrainer(CheckpointMixin, Trainer):
         args = args if args is not None else TrustRegionConfig()
         if isinstance(model, str):
             args.model_name_or_path = model
+        if args.eval_strategy != "no" and eval_dataset is None:
+            raise ConfigError(
+                f"eval_strategy={args.eval_strategy} needs data; give eval_dataset, or set it to no."
+            )
         tokenizer = processing_class if processing_class is not None else load_tokenizer(args)
         check_tokenizer(tokenizer)
         self.reports: list[DataReport] = []
@@ -84,6 +90,8 @@ class TrustRegionTrainer(CheckpointMixin, Trainer):
             ref_adapter=args.ref_adapter,
             check_base=args.check_adapter_base,
         )
+        self._check_fit(model, [d for d in (train_dataset, eval_dataset) if isinstance(d, Dataset)])
+        record_base_(args, model)
         if args.checkpointing:
             model.enable_input_require_grads()  # else a frozen embedding leaves lora_B at zero under checkpointing
         if args.ddp_find_unused_parameters is None:
@@ -132,6 +140,26 @@ class TrustRegionTrainer(CheckpointMixin, Trainer):
         self.reports.append(report)
         return dataset
 
+    @staticmethod
+    def _check_fit(model: PeftModel, datasets: list[Dataset]) -> None:
+        """Refuse tokens that the model has no embedding or no position for, before they index past its tables."""
+        greatest, longest = extent(datasets)
+        base: Any = model.get_base_model()
+        known = base.get_input_embeddings().weight.shape[0]
+        if greatest >= known:
+            raise ModelError(
+                f"the data holds token {greatest}, the model knows {known} tokens: this tokenizer is not the model's. "
+                "Set tokenizer_name_or_path to the tokenizer the model was trained with."
+            )
+        for name, table in base.named_modules():
+            learned = name.rpartition(".")[2] in ("wpe", "embed_positions") and isinstance(table, nn.Embedding)
+            room = base.config.get_text_config().max_position_embeddings if learned else longest
+            if longest > room:
+                raise ModelError(
+                    f"the longest row has {longest} tokens, {type(base).__name__} has learned {room} positions; "
+                    f"set max_length to {room} or less."
+                )
+
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The optimiser over the policy's tensors, chosen by name; raises `ConfigError` if it got any other."""
         train_policy_only_(self.model)
@@ -159,11 +187,15 @@ class TrustRegionTrainer(CheckpointMixin, Trainer):
 
     def _leave_out_filler(self, batches: list[Batch]) -> None:
         """Weight 0 for the examples that accelerate repeats to give every rank a full last batch."""
-        state = self.accelerator.gradient_state
-        if self.args.world_size == 1 or not batches or not state.end_of_dataloader or state.remainder <= 0:
+        at_end = self.accelerator.gradient_state.end_of_dataloader
+        if self.args.world_size == 1 or not batches or not at_end or self.args.dataloader_drop_last:
+            return
+        # accelerate's own `remainder` is missing in the epoch that a resumed run goes on with
+        remainder = len(self.train_dataset) % (self.args.per_device_train_batch_size * self.args.world_size)
+        if not remainder:
             return
         last = batches[-1]
-        real = min(max(state.remainder - self.args.process_index * len(last), 0), len(last))
+        real = min(max(remainder - self.args.process_index * len(last), 0), len(last))
         last.weights = [1.0] * real + [0.0] * (len(last) - real)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch=None) -> Tensor:
@@ -196,14 +228,20 @@ class TrustRegionTrainer(CheckpointMixin, Trainer):
         """The gradient norm, and the gate before the optimiser: nothing non-finite passes."""
         grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         bad = [row for rows, values in self._suspects for row, v in zip(rows, values.isfinite().tolist()) if not v]
-        if bad or not (self.args.fp16 or torch.isfinite(torch.as_tensor(grad_norm)).item()):
-            rows = bad or [row for rows, _ in self._suspects for row in rows]
-            what = "loss" if bad else f"gradient (norm {float(grad_norm)})"
+        lost = self.engine.summed(torch.tensor(float(len(bad)))).item() > 0
+        if lost or not (self.args.fp16 or torch.isfinite(torch.as_tensor(grad_norm)).item()):
+            rows = bad if lost else [row for rows, _ in self._suspects for row in rows]
+            rows = gather_object(rows) if self.args.world_size > 1 else rows
+            what = "loss" if lost else f"gradient (norm {float(grad_norm)})"
+            last, _ = last_whole(self.run_dir)
+            advice = "Start again"
+            if last is not None:
+                advice = f"Start a new run from {last.name} (policy_adapter: {last}, ref_adapter: {last / 'ref'})"
             raise NonFiniteError(
                 f"step {self.state.global_step + 1}: the {what} is not finite, for dataset rows {rows[:16]}"
                 f"{' …' if len(rows) > 16 else ''}. The run stopped before the policy, the reference or a checkpoint "
-                "could take it in; the last checkpoint is good. Look at those rows, lower learning_rate or set "
-                "max_grad_norm, and resume with resume_from_checkpoint: true."
+                f"could take it in. {advice} in another output_dir, without those rows, with a lower learning_rate or a "
+                "lower max_grad_norm."
             )
         return grad_norm
 

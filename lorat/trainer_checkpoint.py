@@ -8,6 +8,7 @@ optimiser and RNG files, which are read with `weights_only=True`.
 
 from __future__ import annotations
 
+import json
 import logging
 import pickle
 import shutil
@@ -24,6 +25,7 @@ from . import checkpoint as ck
 from .adapters import load_adapter_, train_policy_only_
 from .callbacks import ProgressCallback, SignalCallback, Throughput
 from .config import TrustRegionConfig
+from .data import digest
 from .engine import Engine
 from .errors import CheckpointError
 from .metrics import Averages
@@ -40,8 +42,8 @@ FREE = {
     "eval_dataset_name",
     "eval_dataset_split",
     "check_adapter_base",
-    "tokenizer_name_or_path",
-    "model_revision",
+    "tokenizer_name_or_path",  # the data is known by its tokens
+    "trust_remote_code",
 }
 TRAINER_FIELDS = (
     "learning_rate",
@@ -62,6 +64,10 @@ TRAINER_FIELDS = (
     "bf16",
     "fp16",
     "world_size",
+    "dataloader_drop_last",
+    "lr_scheduler_kwargs",
+    "optim_args",
+    "ignore_data_skip",
 )
 
 
@@ -78,7 +84,7 @@ class CheckpointMixin(Trainer):
     progress: ProgressCallback
     start: dict[str, Tensor]
     _staging = False
-    _unsaved = False
+    unsaved = False
 
     @property
     def run_dir(self) -> Path:
@@ -94,23 +100,54 @@ class CheckpointMixin(Trainer):
         folder, notes = ck.resolve_resume(resume_from_checkpoint, output_dir)
         for note in notes:
             logger.warning(note)
+        identity = self.run_identity()
         if self.args.should_save:
-            ck.guard_output_dir(output_dir, folder is not None, self.args.overwrite_output_dir)
+            inputs = (self.args.policy_adapter, self.args.ref_adapter)
+            ck.guard_output_dir(output_dir, folder is not None, self.args.overwrite_output_dir, inputs)
             output_dir.mkdir(parents=True, exist_ok=True)
         if folder is not None:
-            saved = ck.read_json(folder / ck.STATE)
-            ck.check_same_run(saved["run"], self.run_identity(), folder)
-        elif self.args.should_save:
-            self.model.save_pretrained(
-                str(output_dir / ck.START), selected_adapters=[POLICY], save_embedding_layers=False
-            )
-            ck.write_json(output_dir / ck.RUN, self.run_identity())
+            ck.check_same_run(ck.read_json(folder / ck.STATE)["run"], identity, folder)
+            self._check_resumable(folder)
+        if self.args.should_save:
+            self._write_beginnings(output_dir, folder, identity)
         self.accelerator.wait_for_everyone()
         try:
             return super().train(str(folder) if folder else None, *args, **kwargs)
         finally:
             self.signals.restore()
             self.progress.stop()
+
+    def _write_beginnings(self, output_dir: Path, folder: Path | None, identity: dict[str, Any]) -> None:
+        """What stands in the output folder from the first step on: the run's settings and what it started from."""
+        if folder is None:
+            start = str(output_dir / ck.START)
+            self.model.save_pretrained(start, selected_adapters=[POLICY], save_embedding_layers=False)
+        elif folder.parent != output_dir and (folder.parent / ck.START).is_dir():
+            shutil.copytree(folder.parent / ck.START, output_dir / ck.START, dirs_exist_ok=True)
+        ck.write_json(output_dir / ck.RUN, identity)
+        if folder is not None and folder.parent.resolve() == output_dir.resolve():
+            for name in ck.set_aside_newer(output_dir, int(folder.name.removeprefix("checkpoint-"))):
+                logger.warning(
+                    f"{name} lies beyond the point that this run goes on from; set aside as set-aside-{name}."
+                )
+
+    @staticmethod
+    def _check_resumable(folder: Path) -> None:
+        missing = [n for n in ("optimizer.pt", "scheduler.pt", "trainer_state.json") if not (folder / n).is_file()]
+        missing += [] if list(folder.glob("rng_state*.pth")) else ["rng_state.pth"]
+        if missing:
+            raise CheckpointError(
+                f"{str(folder)!r} has no {', '.join(missing)} (it was saved with save_only_model), so a resumed run would "
+                "not be the same run. Start a new one in another output_dir, with policy_adapter: "
+                f"{folder} and ref_adapter: {folder / REFERENCE}."
+            )
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """One epoch; none at all where the checkpoint was already the run's last step."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
 
     def run_identity(self) -> dict[str, Any]:
         """Every setting that decides a run's trajectory, as JSON has it."""
@@ -119,8 +156,10 @@ class CheckpointMixin(Trainer):
         plain = {
             k: str(getattr(v, "value", v)) if k in ("optim", "lr_scheduler_type") else v for k, v in theirs.items()
         }
-        data = {} if self.train_dataset is None else {"train_examples": len(self.train_dataset)}  # type: ignore[arg-type]
-        return {**own, **plain, **data}
+        data = {}
+        if self.train_dataset is not None:
+            data = {"train_examples": len(self.train_dataset), "train_sha256": digest(self.train_dataset)}
+        return json.loads(json.dumps({**own, **plain, **data}, default=str))
 
     # ---- writing ----
 
@@ -135,6 +174,7 @@ class CheckpointMixin(Trainer):
         staged, final = run_dir / ck.SAVING / name, run_dir / name
         if self.args.should_save:
             shutil.rmtree(run_dir / ck.SAVING, ignore_errors=True)
+        before = self.state.best_model_checkpoint, self.state.best_global_step
         averages = {k: list(v) for k, v in self.averages.reduced(self.engine.summed).items()}
         pending = self.tokens.pending(self.engine.summed)
         self.accelerator.wait_for_everyone()
@@ -166,7 +206,10 @@ class CheckpointMixin(Trainer):
             else:
                 best = self.state.best_model_checkpoint  # type: ignore[assignment]  # None: there is none yet
                 rotate_checkpoints(str(run_dir), self.args.save_total_limit, best, use_mtime=False)
-        self._unsaved = self.engine.summed(self._flag(failed)).item() > 0
+        if failed:  # the best one is the best of those that are there
+            self.state.best_model_checkpoint = before[0]
+            self.state.best_global_step = int(before[0].rpartition("-")[2]) if before[0] else None
+        self.unsaved = self.engine.summed(self._flag(failed)).item() > 0
         self.accelerator.wait_for_everyone()
 
     def _flag(self, value: bool) -> Tensor:
@@ -183,7 +226,7 @@ class CheckpointMixin(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         super().log(logs, start_time)
-        if self._unsaved and "loss" in logs:
+        if self.unsaved and "loss" in logs:
             self.control.should_save = True
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:

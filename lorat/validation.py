@@ -142,6 +142,10 @@ def _run(c: TrustRegionConfig):
         yield "use_liger_kernel replaces the head that lorat computes log-probs with; remove it."
     if c.auto_find_batch_size:
         yield "auto_find_batch_size changes the mathematics to save memory; set max_tokens_per_pack instead."
+    if c.enable_jit_checkpoint:
+        yield "enable_jit_checkpoint is not needed: SIGTERM and Ctrl-C save a checkpoint as they are; remove it."
+    if c.push_to_hub and str(getattr(c.hub_strategy, "value", c.hub_strategy)) != "end":
+        yield f"hub_strategy={c.hub_strategy} uploads a checkpoint that is still being written; set hub_strategy: end."
     if c.deepspeed or c.fsdp:
         yield "deepspeed and fsdp shard a model that lorat keeps whole, in 4-bit, on each GPU; use torchrun alone."
     accelerator = c.accelerator_config
