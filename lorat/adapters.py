@@ -217,7 +217,7 @@ def adapter_state(model: PeftModel, adapter: str) -> dict[str, torch.Tensor]:
 def record_base_(config: TrustRegionConfig, model: PeftModel) -> None:
     """Set `config`'s 4-bit fields and dtype to what the base really is; a model handed over may be anything."""
     base: Any = model.get_base_model()
-    quantised = getattr(base.config, "quantization_config", None)
+    quantised: Any = getattr(base.config, "quantization_config", None)
     config.load_in_4bit = bool(getattr(base, "is_loaded_in_4bit", False))
     dtype = base.get_output_embeddings().weight.dtype
     if config.load_in_4bit:

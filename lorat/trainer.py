@@ -70,9 +70,7 @@ class TrustRegionTrainer(CheckpointMixin, Trainer):
         if isinstance(model, str):
             args.model_name_or_path = model
         if args.eval_strategy != "no" and eval_dataset is None:
-            raise ConfigError(
-                f"eval_strategy={args.eval_strategy} needs data; give eval_dataset, or set it to no."
-            )
+            raise ConfigError(f"eval_strategy={args.eval_strategy} needs data; give eval_dataset, or set it to no.")
         tokenizer = processing_class if processing_class is not None else load_tokenizer(args)
         check_tokenizer(tokenizer)
         self.reports: list[DataReport] = []

@@ -75,6 +75,7 @@ class CheckpointMixin(Trainer):
     """Saving and loading of `TrustRegionTrainer`; not a trainer on its own."""
 
     model: Any  # a PeftModel
+    train_dataset: Any  # tokenised, or None
     args: TrustRegionConfig
     engine: Engine
     rule: UpdateRule

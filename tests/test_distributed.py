@@ -23,16 +23,21 @@ REFERENCE = (
 )
 
 
-@pytest.mark.parametrize("method", ["dpo", "kto"])
+def torchrun(what: str, model: str, out: Path, changes: dict) -> list[dict]:
+    """What each of two ranks ended with."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "--standalone"]
+    command += [two_ranks.__file__, what, model, str(out), "2", json.dumps(changes)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    ended = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    return [torch.load(out / f"rank-{r}.pt", weights_only=True) for r in (0, 1)]
+
+
+@pytest.mark.parametrize("method", ["dpo", "ipo", "kto"])
 def test_two_ranks_take_the_steps_of_one(neox, tmp_path, method):
     """19 examples do not divide by 2 ranks: what accelerate repeats to fill the last batch must count for nothing."""
-    changes = {"method": method, "learning_rate": 1e-3}
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "--standalone"]
-    command += [two_ranks.__file__, neox, str(tmp_path / "two"), "2", json.dumps(changes)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    ended = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
-    assert ended.returncode == 0, ended.stderr[-3000:]
-    ranks = [torch.load(tmp_path / "two" / f"rank-{r}.pt", weights_only=True) for r in (0, 1)]
+    changes = {"method": method, "learning_rate": 1e-3, "max_tokens_per_pack": 60}  # several packs a batch
+    ranks = torchrun("run", neox, tmp_path / "two", changes)
     for kind in ("policy", "reference"):
         for name, tensor in ranks[0][kind].items():
             assert torch.equal(tensor, ranks[1][kind][name]), (kind, name)
@@ -54,3 +59,22 @@ def test_two_ranks_take_the_steps_of_one(neox, tmp_path, method):
                 continue  # KTO's z0 at evaluation is that of a batch, and two ranks make another batch
             assert ranks[0]["metrics"][name] == pytest.approx(value, rel=1e-3, abs=1e-4), name
     assert Path(tmp_path / "two" / "lorat_run.json").is_file()
+
+
+@pytest.mark.parametrize("method", ["dpo", "kto"])
+def test_two_ranks_resume_exactly_in_mid_epoch(neox, tmp_path, method):
+    for rank in torchrun("resumed", neox, tmp_path / "run", {"method": method}):
+        whole, part = rank["whole"], rank["part"]
+        assert part["history"] == whole["history"] and len(whole["history"]) == 2
+        assert part["rule"] == whole["rule"]
+        for kind in ("policy", "reference"):
+            for name, tensor in whole[kind].items():
+                assert torch.equal(part[kind][name], tensor), (kind, name)
+
+
+def test_a_signal_to_one_rank_stops_both_after_the_same_step(neox, tmp_path):
+    ranks = torchrun("signalled", neox, tmp_path / "run", {"method": "dpo"})
+    assert [r["step"] for r in ranks] == [2, 2]
+    assert [r["received"] for r in ranks] == [15, 15]
+    assert (tmp_path / "run" / "checkpoint-2" / "manifest.json").is_file()
+    assert (tmp_path / "run" / "checkpoint-2" / "rng_state_1.pth").is_file()

@@ -31,7 +31,7 @@ def test_the_kernels_under_the_interpreter():
 
 def arguments(with_grad, dtype=torch.float32, **changes):
     hidden, weight, targets, bias = make(9, 8, 21, dtype)
-    values = dict(temperature=0.8, softcap=5.0, ignore_index=-100, chunk_rows=4, budget=BUDGET, candidate="torch")
+    values = dict(temperature=0.8, softcap=5.0, ignore_index=-100, chunk_rows=4, budget=BUDGET)
     return (hidden, weight, targets, bias, with_grad, *(values | changes).values())
 
 
@@ -43,7 +43,7 @@ def test_the_operator_keeps_the_rules_of_torch(with_grad, dtype):
 
 def test_the_operator_keeps_the_rules_without_rows_bias_and_softcap():
     hidden, weight, targets, _ = make(0, 8, 21, torch.float32)
-    values = (hidden, weight, targets, None, True, 1.0, None, -100, None, BUDGET, "torch")
+    values = (hidden, weight, targets, None, True, 1.0, None, -100, None, BUDGET)
     torch.library.opcheck(torch.ops.lorat.linear_logprob.default, values)
 
 
