@@ -98,3 +98,24 @@ def quantization_config(config: TrustRegionConfig) -> BitsAndBytesConfig:
         bnb_4bit_use_double_quant=config.bnb_4bit_use_double_quant,
         bnb_4bit_compute_dtype=config.torch_dtype,
     )
+
+
+def check_fit(base: Any, greatest: int, longest: int) -> None:
+    """Refuse data whose token ids or row lengths go past the model's tables, before they index past their ends.
+
+    `greatest`: the greatest token id; `longest`: tokens of the longest row. Rotary positions have no table.
+    """
+    known = base.get_input_embeddings().weight.shape[0]
+    if greatest >= known:
+        raise ModelError(
+            f"the data holds token {greatest}, the model knows {known} tokens: this tokenizer is not the model's. "
+            "Set tokenizer_name_or_path to the tokenizer the model was trained with."
+        )
+    for name, table in base.named_modules():
+        learned = name.rpartition(".")[2] in ("wpe", "embed_positions") and isinstance(table, nn.Embedding)
+        room = base.config.get_text_config().max_position_embeddings if learned else longest
+        if longest > room:
+            raise ModelError(
+                f"the longest row has {longest} tokens, {type(base).__name__} has learned {room} positions; "
+                f"set max_length to {room} or less."
+            )

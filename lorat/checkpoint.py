@@ -190,15 +190,3 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{str(path)!r} cannot be read ({error}); resume from another checkpoint.") from error
-
-
-def check_same_run(saved: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
-    """Raise `CheckpointError` listing every setting that would bend a resumed run's trajectory."""
-    changed = [f"{k}: {saved[k]!r} then, {now[k]!r} now" for k in now if k in saved and saved[k] != now[k]]
-    if changed:
-        lines = "\n".join(f"  - {line}" for line in changed)
-        raise CheckpointError(
-            f"{str(folder)!r} belongs to a run with other settings, so resuming would be neither that run nor a new "
-            f"one:\n{lines}\nSet them back, or start a new run in another output_dir, with policy_adapter: {folder} and "
-            f"ref_adapter: {folder / 'ref'}."
-        )

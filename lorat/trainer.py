@@ -21,13 +21,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallba
 from transformers import ProgressCallback as PlainProgressCallback
 
 from .adapters import attach, lora_config, record_base_, train_policy_only_
-from .base import load_base, load_tokenizer
+from .base import check_fit, load_base, load_tokenizer
 from .callbacks import ProgressCallback, ReferenceCallback, SignalCallback, Throughput, opening_lines
 from .checkpoint import last_whole
 from .config import TrustRegionConfig
 from .data import DataReport, extent, prepare
 from .engine import Engine
-from .errors import ConfigError, ModelError, NonFiniteError
+from .errors import ConfigError, NonFiniteError
 from .logprobs import Head, check_head
 from .metrics import Averages
 from .objectives import Outcome, objective
@@ -88,7 +88,7 @@ class TrustRegionTrainer(CheckpointMixin, Trainer):
             ref_adapter=args.ref_adapter,
             check_base=args.check_adapter_base,
         )
-        self._check_fit(model, [d for d in (train_dataset, eval_dataset) if isinstance(d, Dataset)])
+        check_fit(model.get_base_model(), *extent([d for d in (train_dataset, eval_dataset) if isinstance(d, Dataset)]))
         record_base_(args, model)
         if args.checkpointing:
             model.enable_input_require_grads()  # else a frozen embedding leaves lora_B at zero under checkpointing
@@ -137,26 +137,6 @@ class TrustRegionTrainer(CheckpointMixin, Trainer):
         )
         self.reports.append(report)
         return dataset
-
-    @staticmethod
-    def _check_fit(model: PeftModel, datasets: list[Dataset]) -> None:
-        """Refuse tokens that the model has no embedding or no position for, before they index past its tables."""
-        greatest, longest = extent(datasets)
-        base: Any = model.get_base_model()
-        known = base.get_input_embeddings().weight.shape[0]
-        if greatest >= known:
-            raise ModelError(
-                f"the data holds token {greatest}, the model knows {known} tokens: this tokenizer is not the model's. "
-                "Set tokenizer_name_or_path to the tokenizer the model was trained with."
-            )
-        for name, table in base.named_modules():
-            learned = name.rpartition(".")[2] in ("wpe", "embed_positions") and isinstance(table, nn.Embedding)
-            room = base.config.get_text_config().max_position_embeddings if learned else longest
-            if longest > room:
-                raise ModelError(
-                    f"the longest row has {longest} tokens, {type(base).__name__} has learned {room} positions; "
-                    f"set max_length to {room} or less."
-                )
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The optimiser over the policy's tensors, chosen by name; raises `ConfigError` if it got any other."""

@@ -8,7 +8,6 @@ optimiser and RNG files, which are read with `weights_only=True`.
 
 from __future__ import annotations
 
-import json
 import logging
 import pickle
 import shutil
@@ -25,50 +24,14 @@ from . import checkpoint as ck
 from .adapters import load_adapter_, train_policy_only_
 from .callbacks import ProgressCallback, SignalCallback, Throughput
 from .config import TrustRegionConfig
-from .data import digest
 from .engine import Engine
 from .errors import CheckpointError
+from .identity import check_same_run, run_identity
 from .metrics import Averages
 from .modelcard import write_model_card
 from .reference import POLICY, REFERENCE, UpdateRule, snapshot
 
 logger = logging.getLogger("lorat")
-
-# Settings that do not bend a run's trajectory beyond rounding, so that a resumed run may change them.
-FREE = {
-    "save_reference",
-    "max_tokens_per_pack",
-    "overwrite_output_dir",
-    "eval_dataset_name",
-    "eval_dataset_split",
-    "check_adapter_base",
-    "tokenizer_name_or_path",  # the data is known by its tokens
-    "trust_remote_code",
-}
-TRAINER_FIELDS = (
-    "learning_rate",
-    "lr_scheduler_type",
-    "warmup_steps",
-    "optim",
-    "weight_decay",
-    "adam_beta1",
-    "adam_beta2",
-    "adam_epsilon",
-    "max_grad_norm",
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "num_train_epochs",
-    "max_steps",
-    "seed",
-    "data_seed",
-    "bf16",
-    "fp16",
-    "world_size",
-    "dataloader_drop_last",
-    "lr_scheduler_kwargs",
-    "optim_args",
-    "ignore_data_skip",
-)
 
 
 class CheckpointMixin(Trainer):
@@ -84,6 +47,7 @@ class CheckpointMixin(Trainer):
     signals: SignalCallback
     progress: ProgressCallback
     start: dict[str, Tensor]
+    identity: dict[str, Any]
     _staging = False
     unsaved = False
 
@@ -101,13 +65,13 @@ class CheckpointMixin(Trainer):
         folder, notes = ck.resolve_resume(resume_from_checkpoint, output_dir)
         for note in notes:
             logger.warning(note)
-        identity = self.run_identity()
+        identity = self.identity = run_identity(self.args, self.train_dataset)
         if self.args.should_save:
             inputs = (self.args.policy_adapter, self.args.ref_adapter)
             ck.guard_output_dir(output_dir, folder is not None, self.args.overwrite_output_dir, inputs)
             output_dir.mkdir(parents=True, exist_ok=True)
         if folder is not None:
-            ck.check_same_run(ck.read_json(folder / ck.STATE)["run"], identity, folder)
+            check_same_run(ck.read_json(folder / ck.STATE)["run"], identity, folder)
             self._check_resumable(folder)
         if self.args.should_save:
             self._write_beginnings(output_dir, folder, identity)
@@ -150,18 +114,6 @@ class CheckpointMixin(Trainer):
             return
         super()._run_epoch(*args, **kwargs)
 
-    def run_identity(self) -> dict[str, Any]:
-        """Every setting that decides a run's trajectory, as JSON has it."""
-        own = {k: v for k, v in self.args.own_fields().items() if k not in FREE}
-        theirs = {k: getattr(self.args, k) for k in TRAINER_FIELDS if hasattr(self.args, k)}
-        plain = {
-            k: str(getattr(v, "value", v)) if k in ("optim", "lr_scheduler_type") else v for k, v in theirs.items()
-        }
-        data = {}
-        if self.train_dataset is not None:
-            data = {"train_examples": len(self.train_dataset), "train_sha256": digest(self.train_dataset)}
-        return json.loads(json.dumps({**own, **plain, **data}, default=str))
-
     # ---- writing ----
 
     def _get_output_dir(self, trial=None) -> str:
@@ -185,7 +137,7 @@ class CheckpointMixin(Trainer):
             super()._save_checkpoint(model, trial)
             if self.args.should_save:
                 state = {"rule": self.rule.state_dict(), "averages": averages, "tokens": [self.tokens.total, pending]}
-                ck.write_json(staged / ck.STATE, {**state, "run": self.run_identity()})
+                ck.write_json(staged / ck.STATE, {**state, "run": self.identity})
                 if self.state.best_model_checkpoint:
                     best = Path(self.state.best_model_checkpoint).name
                     self.state.best_model_checkpoint = str(run_dir / best)

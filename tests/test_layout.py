@@ -28,6 +28,7 @@ ARROWS = {
     "reading": {"formats"},
     "data": {"formats", "reading", "tokenization"},
     "config": {"reference", "validation"},
+    "identity": {"config", "data"},
     "base": {"config"},
     "adapters": {"base", "config", "reference"},
     "logprobs": {"adapters", "packing"},
