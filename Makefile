@@ -22,3 +22,12 @@ lint:
 
 clean:
 	rm -rf $(VENV) demo-output build *.egg-info
+
+# make test-gpu    the kernels' tests on an NVIDIA GPU; GPU_PYTHON names an interpreter that has torch, pytest and
+#                  transformers, where nothing is to be installed
+.PHONY: test-gpu
+GPU_PYTHON ?=
+test-gpu:
+	@[ -n "$(GPU_PYTHON)" ] || scripts/setup-venv.sh test
+	@PYTHONPATH=kernels $(or $(GPU_PYTHON),$(VENV)/bin/python) -m pytest -q --durations=10 \
+	  tests/test_linear_logprob.py tests/test_kernel.py tests/test_kernel_triton.py tests/test_kernel_compile.py

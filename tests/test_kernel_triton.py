@@ -333,8 +333,10 @@ def test_nothing_is_stored_without_gradient(monkeypatch, candidate):
     assert max(sizes) == M * 40 * N
 
 
-def test_autocast_changes_nothing():
-    args = inputs(11, 64, 30, torch.float32)
+@pytest.mark.parametrize("head", [torch.float32, torch.bfloat16], ids=str)
+def test_autocast_changes_nothing(head):
+    hidden, weight, targets, bias = inputs(11, 64, 30, torch.float32)
+    args = (hidden, weight.to(head), targets, bias)
     outside = run(linear_logprob, *args)
     with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
         inside = run(linear_logprob, *args)

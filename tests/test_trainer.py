@@ -280,7 +280,7 @@ def test_a_non_finite_loss_stops_the_run_before_anything_is_poisoned(neox, tmp_p
         trainer.train()
     assert f"rows [{seen[0][1]}]" in str(error.value)
     assert "step 3" in str(error.value)
-    assert "resume_from_checkpoint" in str(error.value)
+    assert f"policy_adapter: {tmp_path / 'run' / 'checkpoint-2'}" in str(error.value)
     assert sorted(p.name for p in (tmp_path / "run").glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-2"]
     for adapter, tensors in before.items():
         for name, p in adapter_parameters(trainer.model, adapter).items():

@@ -91,7 +91,7 @@ def forward(
     """Log-probs `(N,)` float32 and, with gradient, `∂logp_i/∂h_i` `(N, D)` float32."""
     plan = plan or plan_of(hidden.device)
     assert plan is not None
-    rows, dim, vocab = *hidden.shape, weight.shape[0]
+    (rows, dim), vocab = hidden.shape, weight.shape[0]
     logp = torch.full((rows,), torch.nan, dtype=torch.float32, device=hidden.device)
     grad = torch.empty(rows, dim, dtype=torch.float32, device=hidden.device) if with_grad else None
     if rows == 0:
@@ -111,7 +111,7 @@ def forward(
             residual = run(
                 hidden[chunk], weight, targets[chunk], bias, logp[chunk], with_grad, options, unit, step, plan
             )
-            if grad is None:
+            if grad is None or residual is None:
                 continue
             _matmul_float32(residual, weight, out=grad[chunk])
             if unit * options.temperature != 1:
@@ -143,7 +143,7 @@ def parts_of(hidden: Tensor, weight: Tensor) -> Tensor:
 def _fused_chunk(hidden, weight, targets, bias, logp, with_grad, options: Options, unit, step, plan) -> Tensor | None:
     from .kernels import logits_kernel, reduce_kernel, residual_kernel
 
-    rows, dim, vocab = *hidden.shape, weight.shape[0]
+    (rows, dim), vocab = hidden.shape, weight.shape[0]
     x = parts_of(hidden, weight)
     same = x.dtype == weight.dtype and x.dtype != torch.float32
     blocks = plan.half if same else plan.full

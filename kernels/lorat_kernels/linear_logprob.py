@@ -66,7 +66,7 @@ def linear_logprob(
         )
     if not torch.compiler.is_compiling():
         _check_range(targets, weight.shape[0], ignore_index)
-    options = (temperature, softcap, ignore_index, chunk_rows, budget, launch.candidate_of(hidden, weight))
+    options = (temperature, softcap, ignore_index, chunk_rows, budget)
     if with_grad:
         return _LinearLogprob.apply(hidden, weight, targets, bias, options)
     return _forward(hidden, weight, targets, bias, False, *options)[0]
@@ -103,9 +103,9 @@ def _operator(
     ignore_index: int,
     chunk_rows: int | None,
     budget: int,
-    candidate: str,
 ) -> tuple[Tensor, Tensor]:
     """Log-probs `(N,)` and `∂logp_i/∂h_i` `(N, D)`, or `(0, D)` without gradient."""
+    candidate = launch.candidate_of(hidden, weight)
     with torch.no_grad():
         if candidate == "torch":
             logp, grad = torch_path.forward(
