@@ -48,8 +48,7 @@ class Head:
         return cls(linear.weight, linear.bias, float(softcap) if softcap else None, temperature)
 
     def logprobs(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """`hidden`: (K, D), `targets`: (K,) -> (K,) float32 nats; rounded to the head's type, as the model does."""
-        hidden = hidden.to(self.weight.dtype)
+        """`hidden`: (K, D), `targets`: (K,) -> (K,) float32 nats; hidden states are taken in the type they come in."""
         return linear_logprob(
             hidden, self.weight, targets, self.bias, temperature=self.temperature, softcap=self.softcap
         )
