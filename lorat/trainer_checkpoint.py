@@ -74,7 +74,12 @@ class CheckpointMixin(Trainer):
             check_same_run(ck.read_json(folder / ck.STATE)["run"], identity, folder)
             self._check_resumable(folder)
         if self.args.should_save:
-            self._write_beginnings(output_dir, folder, identity)
+            try:
+                self._write_beginnings(output_dir, folder, identity)
+            except (OSError, SafetensorError) as error:
+                raise CheckpointError(
+                    f"output_dir={str(output_dir)!r} cannot be written to: {error}. Free space there, or set another."
+                ) from error
         self.accelerator.wait_for_everyone()
         try:
             return super().train(str(folder) if folder else None, *args, **kwargs)

@@ -253,3 +253,32 @@ def test_a_checkpoint_is_not_lost_between_the_renames_that_replace_it(neox, tmp_
     monkeypatch.undo()
     assert not (out / "checkpoint-10").exists()
     assert ck.last_whole(out) == (out / "checkpoint-10", [])
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of its own with 600 KiB; skipped where it may not be mounted."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", str(folder)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("mounting a small disk needs privileges")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_disk_that_is_really_full(neox, small_disk, caplog, uninterrupted):
+    trainer = driver.make(neox, str(small_disk / "run"))
+    trainer.train()
+    assert_same(trainer, uninterrupted)  # the run went on in memory
+    whole = ck.checkpoints(small_disk / "run")
+    assert whole and all(ck.flaw(p) is None for p in whole) and whole[0].name != "checkpoint-10"
+    assert "could not be written" in caplog.text and "MiB free" in caplog.text
+    with pytest.raises(CheckpointError, match=f"No space left.*{whole[0].name}"):
+        trainer.save_model()
+    assert not (small_disk / "run" / "adapter_model.safetensors").exists()
+    (small_disk / "fill").write_bytes(b"x" * 1024)
+    shutil.rmtree(small_disk / "run")
+    (small_disk / "fill").write_bytes(b"x" * 590 * 1024)
+    with pytest.raises(CheckpointError, match="cannot be written to.*No space left"):
+        driver.make(neox, str(small_disk / "run")).train()

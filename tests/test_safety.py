@@ -364,3 +364,21 @@ def test_what_is_said_of_the_reference():
     never = "\n".join(opening_lines(Hard(512), 0.1, 100))
     assert "never move" in never and "0 updates" in never and "Set sync_every to 12 or less" in never
     assert len(opening_lines(Soft(0.6, 512), 0.1, 5000)) == 1  # beta*lag 60: nothing to add
+
+
+def test_the_bar_on_a_terminal(neox, tmp_path):
+    """Steps, loss, accuracy, margin, tokens/s and the reference's last move, on a terminal of 80 columns."""
+    import io
+
+    from rich.console import Console
+
+    trainer = trainer_for(neox, tmp_path / "run", make_pairs(16), sync="hard", sync_every=3, disable_tqdm=False)
+    screen = io.StringIO()
+    trainer.progress.console = Console(file=screen, force_terminal=True, width=80, color_system=None)
+    trainer.train()
+    said = screen.getvalue()
+    assert "DPO hard" in said and "4/4" in said and "lag 1.0 steps" in said
+    last = said.split("loss ")[-1].splitlines()[0]
+    logged = trainer.state.log_history[3]
+    assert last.startswith(f"{logged['loss']:.4f}  acc {logged['rewards/accuracies']:.1%}")
+    assert "tok/s" in last and last.rstrip().endswith("ref moved at 3")
