@@ -109,7 +109,7 @@ def test_the_default_budget_holds_what_it_was_made_for():
     chunk = launch.chunk_rows_of(rows, dim, vocab, 2, tile, True, BUDGET)
     held = 4 * rows * dim + chunk * (2 * vocab + 8 * -(-vocab // tile))
     assert chunk == 512 and held <= BUDGET
-    assert launch.chunk_rows_of(rows, dim, vocab, 2, tile, True, 2 * BUDGET) == 1408
+    assert launch.chunk_rows_of(rows, dim, vocab, 2, tile, True, 2 * BUDGET) == 1024
     assert launch.chunk_rows_of(rows, dim, vocab, 2, tile, True, 1) == 512  # never fewer
     assert launch.chunk_rows_of(100, dim, vocab, 2, tile, True, 1) == 100
     assert launch.chunk_rows_of(rows, dim, vocab, 2, tile, False, BUDGET) == launch.NO_GRAD_ROWS

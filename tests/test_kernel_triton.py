@@ -292,7 +292,7 @@ def test_a_row_does_not_depend_on_the_others(dtype, fused):
 
 
 def test_chunks_change_no_bit(fused, candidate):
-    """Of log-probs. Gradients: on the CPU, or through cuBLAS in chunks of one shape, the sums may differ in order."""
+    """Of log-probs. In chunks that are no multiple of 512 rows the sums of a gradient may differ in order."""
     args = inputs(3 * M + 1, K, 2 * N + 1, torch.bfloat16)
     whole = run(linear_logprob, *args)
     for chunk in (1, 7, M, M + 1, 2 * M, 5 * M) if candidate == "fused" else (M, 2 * M):
@@ -303,6 +303,22 @@ def test_chunks_change_no_bit(fused, candidate):
         torch.testing.assert_close(grad, whole[1], rtol=2**-7, atol=GRAD_EPS)
     for budget in (1, 10**6, 10**9):
         same(linear_logprob(*args, budget=budget), whole[0])
+
+
+def test_chunks_of_whole_blocks_change_no_bit_of_a_gradient(monkeypatch, candidate):
+    """The matmul behind a gradient always takes 512 rows, so neither a budget nor chunks of 512, 1024, … show in it."""
+    if candidate == "cublas" and DEVICE.type == "cpu":
+        pytest.skip("its products come from the CPU's matmul, whose sums go by the shape of the chunk")
+    rows, multiply = [], launch._matmul_float32
+    monkeypatch.setattr(launch, "_matmul_float32", lambda a, b, out=None: rows.append(len(a)) or multiply(a, b, out))
+    args = inputs(520, 2, 20, torch.bfloat16)
+    whole = run(linear_logprob, *args)
+    for options in ({"chunk_rows": 512}, {"chunk_rows": 1024}, {"budget": 1}):
+        rows.clear()
+        for mine, theirs in zip(run(linear_logprob, *args, **options), whole):
+            same(mine, theirs)
+        if candidate == "fused":
+            assert rows == [512, 8]
 
 
 def test_a_budget_sets_the_chunks(monkeypatch, candidate):

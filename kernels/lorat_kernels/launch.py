@@ -65,14 +65,14 @@ def candidate_of(hidden: Tensor, weight: Tensor) -> str:
 
 
 def chunk_rows_of(rows: int, dim: int, vocab: int, itemsize: int, tile: int, with_grad: bool, budget: int) -> int:
-    """Rows of a chunk so that all that is allocated stays under `budget` bytes, in multiples of 128.
+    """Rows of a chunk so that all that is allocated stays under `budget` bytes, in multiples of `MIN_ROWS`.
 
     With gradient: the `(rows, D)` float32 gradient, kept for the backward; per row of a chunk the exponentials and two
-    float32 a tile. Never below `MIN_ROWS`: W is read again for every chunk.
+    float32 a tile. Never fewer: W is read again for every chunk.
     """
     a_row = 8 * -(-vocab // tile) + (itemsize * vocab if with_grad else 0)
     left = budget - (4 * rows * dim if with_grad else 0)
-    fits = max(left // a_row // 128 * 128, MIN_ROWS)
+    fits = max(left // a_row // MIN_ROWS, 1) * MIN_ROWS
     return max(1, min(rows, fits, NO_GRAD_ROWS))
 
 
@@ -113,7 +113,8 @@ def forward(
             )
             if grad is None or residual is None:
                 continue
-            _matmul_float32(residual, weight, out=grad[chunk])
+            for first in range(0, residual.shape[0], MIN_ROWS):  # always this many rows: no chunk size shows in a bit
+                _matmul_float32(residual[first : first + MIN_ROWS], weight, out=grad[chunk][first : first + MIN_ROWS])
             if unit * options.temperature != 1:
                 grad[chunk] /= unit * options.temperature
     return logp, grad
