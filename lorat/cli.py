@@ -67,6 +67,7 @@ def train(argv: list[str]) -> int:
         args.log_level = args.log_level_replica = "error"
 
     import torch
+    from rich.console import Console
 
     from . import checkpoint as ck
     from .reading import load_preference_data
@@ -87,7 +88,8 @@ def train(argv: list[str]) -> int:
                 None if args.eval_dataset_name else args.dataset_config_name,
             )
     try:
-        trainer = TrustRegionTrainer(None, args, data, held_out)
+        with Console(stderr=True).status(f"Tokenising {len(data):,} rows and loading {args.model_name_or_path} …"):
+            trainer = TrustRegionTrainer(None, args, data, held_out)
         for report in trainer.reports:
             say(report.render())
         trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
