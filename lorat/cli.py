@@ -88,7 +88,9 @@ def train(argv: list[str]) -> int:
                 None if args.eval_dataset_name else args.dataset_config_name,
             )
     try:
-        with Console(stderr=True).status(f"Tokenising {len(data):,} rows and loading {args.model_name_or_path} …"):
+        with Console(stderr=True, quiet=args.process_index != 0).status(
+            f"Tokenising {len(data):,} rows and loading {args.model_name_or_path} …"
+        ):
             trainer = TrustRegionTrainer(None, args, data, held_out)
         for report in trainer.reports:
             say(report.render())

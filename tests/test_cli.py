@@ -152,6 +152,26 @@ def test_a_signal_ends_with_its_status_and_says_how_to_go_on(run, capsys, monkey
     assert (run.out / "adapter_model.safetensors").is_file()
 
 
+def test_out_of_gpu_memory_says_what_to_set(run, capsys, monkeypatch):
+    import torch
+
+    from lorat.engine import Engine
+
+    def full(*args, **kwargs):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
+
+    monkeypatch.setattr(Engine, "outcome", full)
+    assert run() == 1
+    said = capsys.readouterr().err
+    assert "max_tokens_per_pack=8192" in said and "Tried to allocate 2.00 GiB" in said and "Traceback" not in said
+
+
+def test_the_card_says_the_lag(run):
+    """alpha 0.3 every 4 steps: 4 * 0.7 / 0.3 + 3 / 2."""
+    assert run("--sync_alpha", "0.3", "--sync_every", "4") == 0
+    assert "alpha 0.3 every 4 steps, lag 10.8 steps, 1 update" in (run.out / "README.md").read_text()
+
+
 def test_help_version_and_unknown_commands(capsys):
     assert main(["--version"]) == 0 and capsys.readouterr().out.startswith("lorat 0.")
     assert main(["--help"]) == 0 and "lorat train --config" in capsys.readouterr().out

@@ -185,6 +185,59 @@ def test_a_damaged_or_foreign_adapter(neox, tmp_path):
         attach(load_base(run_config(neox, tmp_path)), policy_adapter=str(tmp_path / "prompt"))
 
 
+def test_an_adapter_whose_values_did_not_arrive_is_found(neox, tmp_path, monkeypatch):
+    """Some versions of transformers and PEFT left a resumed policy at its first values, without a word."""
+    from lorat import adapters
+
+    trainer = trainer_for(neox, tmp_path / "run", make_pairs(8), save_strategy="steps", save_steps=1)
+    trainer.train()
+    monkeypatch.setattr(adapters, "set_peft_model_state_dict", lambda *args, **kwargs: None)
+    again = trainer_for(neox, tmp_path / "run", make_pairs(8), save_strategy="steps", save_steps=1)
+    with pytest.raises(ModelError, match="did not load into 'default'"):
+        again.train(resume_from_checkpoint=True)
+
+
+def test_an_adapted_head_that_comes_with_the_model_is_refused(neox, tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    plain = load_base(run_config(neox, tmp_path, load_in_4bit=False))
+    head = next(n for n, m in plain.named_modules() if m is plain.get_output_embeddings())
+    with pytest.raises(ModelError, match="head is adapted or trainable"):
+        attach(get_peft_model(plain, LoraConfig(target_modules=["dense", head])))
+
+
+def test_a_reference_adapter_for_another_base_is_refused(neox, tmp_path):
+    from conftest import save_neox
+
+    stranger = save_neox(tmp_path / "stranger", seed=9)
+    other = trainer_for(stranger, tmp_path / "other", make_pairs(4))
+    other.save_model()
+    with pytest.raises(ModelError, match="was trained on .*stranger"):
+        trainer_for(neox, tmp_path / "run", make_pairs(4), ref_adapter=str(tmp_path / "other"))
+
+
+def test_the_reference_keeps_no_graph_and_the_policy_does(neox, tmp_path, monkeypatch):
+    from lorat import logprobs
+
+    seen, compute = [], logprobs.token_logprobs
+    monkeypatch.setattr(
+        logprobs,
+        "token_logprobs",
+        lambda model, *rest: seen.append((model.active_adapter, torch.is_grad_enabled())) or compute(model, *rest),
+    )
+    trainer = trainer_for(neox, tmp_path / "run", make_pairs(4), max_steps=1)
+    seen.clear()
+    trainer.train()
+    assert seen == [("ref", False), ("default", True)]
+
+
+def test_a_tie_is_no_correct_answer(neox, tmp_path):
+    trainer = trainer_for(neox, tmp_path / "run", make_pairs(16), sync="hard", sync_every=2)
+    trainer.train()
+    accuracies = [h["rewards/accuracies"] for h in trainer.state.log_history if "loss" in h]
+    assert accuracies[0] == accuracies[2] == 0.0 != accuracies[1]
+
+
 # ---- checkpoints and folders
 
 
@@ -335,6 +388,21 @@ def test_a_signal_saves_before_anything_else_and_once(neox, tmp_path, monkeypatc
     trainer.progress.on_step_end = interrupt
     trainer.train()
     assert done == ["checkpoint-3"]
+
+
+def test_a_signal_in_the_last_step_changes_nothing(neox, tmp_path):
+    trainer = driver.make(neox, str(tmp_path / "run"))
+    move = trainer.progress.on_step_end
+
+    def interrupt(args, state, control, **kwargs):
+        if state.global_step == 9:  # heeded at the end of step 10, which is the last
+            os.kill(os.getpid(), signal.SIGTERM)
+        move(args, state, control, **kwargs)
+
+    trainer.progress.on_step_end = interrupt
+    trainer.train()
+    assert trainer.state.global_step == trainer.state.max_steps == 10
+    assert ck.flaw(tmp_path / "run" / "checkpoint-10") is None
 
 
 def test_a_second_ctrl_c_ends_at_once(neox, tmp_path):
