@@ -146,3 +146,25 @@ def run_config(model: str, out: Path | str, **changes):
     values.update(changes)
     values[CHECKPOINTING] = values.pop("activation_checkpointing")
     return TrustRegionConfig(**values)
+
+
+def trainer_for(model, out, pairs, **settings):
+    """A trainer on `pairs`; `eval_pairs` and `callbacks` beside the settings of `run_config`."""
+    from datasets import Dataset
+
+    from lorat.trainer import TrustRegionTrainer
+
+    eval_pairs = settings.pop("eval_pairs", None)
+    callbacks = settings.pop("callbacks", None)
+    args = run_config(model, out, **settings)
+    held_out = Dataset.from_list(eval_pairs) if eval_pairs else None
+    return TrustRegionTrainer(None, args, Dataset.from_list(pairs), held_out, callbacks=callbacks)
+
+
+def nudge(trainer, seed=5, scale=0.05) -> None:
+    """Move the policy away from the reference, the same way each time."""
+    from lorat.reference import adapter_parameters
+
+    generator = torch.Generator().manual_seed(seed)
+    for p in adapter_parameters(trainer.model, "default").values():
+        p.data += scale * torch.randn(p.shape, generator=generator)

@@ -12,7 +12,7 @@ from pathlib import Path
 import driver
 import pytest
 import torch
-from conftest import make_pairs, run_config
+from conftest import make_pairs, nudge, run_config, trainer_for
 from datasets import Dataset
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
@@ -26,19 +26,6 @@ from lorat.logprobs import token_logprobs
 from lorat.packing import collate, pad_rows
 from lorat.reference import Frozen, Hard, Soft, adapter_parameters, copy_, snapshot
 from lorat.trainer import TrustRegionTrainer
-
-
-def trainer_for(model, out, pairs, **settings):
-    eval_pairs = settings.pop("eval_pairs", None)
-    held_out = Dataset.from_list(eval_pairs) if eval_pairs else None
-    return TrustRegionTrainer(None, run_config(model, out, **settings), Dataset.from_list(pairs), held_out)
-
-
-def nudge(trainer, seed=5, scale=0.05):
-    generator = torch.Generator().manual_seed(seed)
-    for p in adapter_parameters(trainer.model, "default").values():
-        p.data += scale * torch.randn(p.shape, generator=generator)
-
 
 # ---- numbers
 

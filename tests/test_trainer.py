@@ -6,22 +6,12 @@ import math
 
 import pytest
 import torch
-from conftest import make_pairs, run_config
-from datasets import Dataset
+from conftest import make_pairs, nudge, trainer_for
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lorat.errors import NonFiniteError
 from lorat.packing import collate, pad_rows
 from lorat.reference import adapter_parameters, snapshot
-from lorat.trainer import TrustRegionTrainer
-
-
-def trainer_for(model, out, pairs, **settings):
-    eval_pairs = settings.pop("eval_pairs", None)
-    callbacks = settings.pop("callbacks", None)
-    args = run_config(model, out, **settings)
-    held_out = Dataset.from_list(eval_pairs) if eval_pairs else None
-    return TrustRegionTrainer(None, args, Dataset.from_list(pairs), held_out, callbacks=callbacks)
 
 
 def logs(trainer, key="loss"):
@@ -43,12 +33,6 @@ def close(left, right, tolerance=2e-6):
     assert scale > 0
     for name in left:
         torch.testing.assert_close(left[name], right[name], rtol=0, atol=tolerance * scale, msg=name)
-
-
-def nudge(trainer, seed=5, scale=0.05):
-    generator = torch.Generator().manual_seed(seed)
-    for p in adapter_parameters(trainer.model, "default").values():
-        p.data += scale * torch.randn(p.shape, generator=generator)
 
 
 @pytest.mark.parametrize("method", ["dpo", "ipo", "kto"])
