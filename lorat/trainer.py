@@ -70,7 +70,8 @@ class TrustRegionTrainer(CheckpointMixin, Trainer):
         if isinstance(model, str):
             args.model_name_or_path = model
         if args.eval_strategy != "no" and eval_dataset is None:
-            raise ConfigError(f"eval_strategy={args.eval_strategy} needs data; give eval_dataset, or set it to no.")
+            when = getattr(args.eval_strategy, "value", args.eval_strategy)
+            raise ConfigError(f"eval_strategy={when} needs data; give eval_dataset, or set it to no.")
         tokenizer = processing_class if processing_class is not None else load_tokenizer(args)
         check_tokenizer(tokenizer)
         self.reports: list[DataReport] = []
@@ -205,10 +206,12 @@ class TrustRegionTrainer(CheckpointMixin, Trainer):
     def _get_grad_norm(self, model: nn.Module, grad_norm=None):
         """The gradient norm, and the gate before the optimiser: nothing non-finite passes."""
         grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        bad = [row for rows, values in self._suspects for row, v in zip(rows, values.isfinite().tolist()) if not v]
+        rows = [row for rows, _ in self._suspects for row in rows]
+        finite = torch.cat([values for _, values in self._suspects]).isfinite().tolist()  # one wait for the device
+        bad = [row for row, ok in zip(rows, finite, strict=True) if not ok]
         lost = self.engine.summed(torch.tensor(float(len(bad)))).item() > 0
         if lost or not (self.args.fp16 or torch.isfinite(torch.as_tensor(grad_norm)).item()):
-            rows = bad if lost else [row for rows, _ in self._suspects for row in rows]
+            rows = bad if lost else rows
             rows = gather_object(rows) if self.args.world_size > 1 else rows
             what = "loss" if lost else f"gradient (norm {float(grad_norm)})"
             last, _ = last_whole(self.run_dir)

@@ -437,3 +437,8 @@ def test_the_bar_on_a_terminal(neox, tmp_path):
     logged = trainer.state.log_history[3]
     assert last.startswith(f"{logged['loss']:.4f}  acc {logged['rewards/accuracies']:.1%}")
     assert "tok/s" in last and last.rstrip().endswith("ref moved at 3")
+
+
+def test_evaluation_without_data_is_refused_before_the_model_is_loaded(tmp_path):
+    with pytest.raises(ConfigError, match="eval_strategy=steps needs data"):
+        trainer_for("/no/such/model", tmp_path / "run", make_pairs(4), eval_strategy="steps")
