@@ -141,6 +141,12 @@ class TrustRegionConfig(TrainingArguments):
         return getattr(torch, self.dtype)
 
     @property
+    def device(self) -> torch.device:
+        """This process's device; older transformers number the CPU of each rank, which `torch.load` does not take."""
+        device = super().device
+        return torch.device("cpu") if device.type == "cpu" else device
+
+    @property
     def checkpointing(self) -> bool:
         """Whether activations are recomputed in the backward pass."""
         return bool(getattr(self, "activation_checkpointing", None) or self.gradient_checkpointing)
