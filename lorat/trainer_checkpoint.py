@@ -89,14 +89,16 @@ class CheckpointMixin(Trainer):
 
     def _write_beginnings(self, output_dir: Path, folder: Path | None, identity: dict[str, Any]) -> None:
         """What stands in the output folder from the first step on: the run's settings and what it started from."""
+        here = folder is not None and folder.parent.resolve() == output_dir.resolve()
         if folder is None:
             start = str(output_dir / ck.START)
             self.model.save_pretrained(start, selected_adapters=[POLICY], save_embedding_layers=False)
-        elif folder.parent != output_dir and (folder.parent / ck.START).is_dir():
+        elif not here and (folder.parent / ck.START).is_dir():
             shutil.copytree(folder.parent / ck.START, output_dir / ck.START, dirs_exist_ok=True)
         ck.write_json(output_dir / ck.RUN, identity)
-        if folder is not None and folder.parent.resolve() == output_dir.resolve():
-            for name in ck.set_aside_newer(output_dir, int(folder.name.removeprefix("checkpoint-"))):
+        if folder is not None and here:
+            step = int(ck.read_json(folder / "trainer_state.json")["global_step"])  # whatever the folder is called
+            for name in ck.set_aside_newer(output_dir, step):
                 logger.warning(
                     f"{name} lies beyond the point that this run goes on from; set aside as set-aside-{name}."
                 )

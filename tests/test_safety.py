@@ -339,6 +339,20 @@ def test_a_resume_elsewhere_is_complete_there(neox, tmp_path):
     assert (tmp_path / "b" / "start" / "adapter_model.safetensors").is_file()
 
 
+def test_a_checkpoint_is_known_by_its_content_and_not_by_how_it_is_called(neox, tmp_path, monkeypatch):
+    """A relative path to it, and another name: the same folder, the same step."""
+    out = tmp_path / "run"
+    driver.make(neox, str(out), max_steps=4).train()
+    (out / "checkpoint-2").rename(out / "kept")
+    start = (out / "start" / "adapter_model.safetensors").read_bytes()
+    monkeypatch.chdir(tmp_path)
+    again = driver.make(neox, str(out), max_steps=4)
+    again.train(resume_from_checkpoint="run/kept")
+    assert again.state.global_step == 4
+    assert (out / "set-aside-checkpoint-4").is_dir() and ck.flaw(out / "checkpoint-4") is None
+    assert (out / "start" / "adapter_model.safetensors").read_bytes() == start
+
+
 @pytest.mark.parametrize("content", ["[]", "null", '{"a": {}}', '{"a": 3}', "{", ""])
 def test_a_manifest_of_another_shape_is_torn(tmp_path, content):
     (tmp_path / "manifest.json").write_text(content)
