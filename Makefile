@@ -30,4 +30,5 @@ GPU_PYTHON ?=
 test-gpu:
 	@[ -n "$(GPU_PYTHON)" ] || scripts/setup-venv.sh test
 	@PYTHONPATH=kernels $(or $(GPU_PYTHON),$(VENV)/bin/python) -m pytest -q --durations=10 \
-	  tests/test_linear_logprob.py tests/test_kernel.py tests/test_kernel_triton.py tests/test_kernel_compile.py
+	  tests/test_linear_logprob.py tests/test_kernel.py tests/test_kernel_triton.py tests/test_kernel_compile.py \
+	  tests/test_attention_gpu.py

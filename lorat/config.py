@@ -98,6 +98,9 @@ class TrustRegionConfig(TrainingArguments):
     max_tokens_per_pack: int = _f(
         "Run", 8192, "Tokens in one forward pass, padding included: decides memory, never the mathematics."
     )
+    prefix_sharing: bool | None = _f(
+        "Run", None, "Compute each prompt once and pad nothing. Unset: wherever a check at the start finds it exact."
+    )
     overwrite_output_dir: bool = _f("Run", False, "Delete an earlier run of lorat found in output_dir.")
 
     # Defaults that differ from TrainingArguments.

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import datasets
+import numpy as np
 import pyarrow.compute as pc
 from datasets import Dataset, Features, List, Value
 from transformers import PreTrainedTokenizerBase
@@ -208,6 +209,26 @@ def extent(datasets: list[Dataset]) -> tuple[int, int]:
         for name in sizes.keys() - {"prompt_ids"}:
             longest = max(longest, pc.max(pc.add(sizes["prompt_ids"], sizes[name])).as_py() or 0)
     return greatest, longest
+
+
+def check_budget(dataset: Dataset, budget: int, shared: bool, name: str) -> None:
+    """Raise `DataError` with the rows that no pack of `budget` tokens can hold.
+
+    An example takes its prompt once and each completion (`shared`), or a row of the longer one's length for each.
+    """
+    rows: list[int] = []
+    longest = 0
+    for batch in dataset.with_format("arrow").iter(10_000):
+        sizes = {n: pc.list_value_length(batch[n]).to_numpy() for n in batch.column_names if n.endswith("_ids")}
+        prompt = sizes.pop("prompt_ids")
+        needs = prompt + sum(sizes.values()) if shared else len(sizes) * (prompt + np.stack([*sizes.values()]).max(0))
+        rows += batch["row"].to_numpy()[needs > budget].tolist()
+        longest = max(longest, int(needs.max(initial=0)))
+    if rows:
+        raise DataError(
+            f"{name}: {len(rows)} of {len(dataset)} examples need more than max_tokens_per_pack={budget} tokens in one "
+            f"forward pass ({_rows(rows)}), the longest {longest}. Set max_tokens_per_pack={longest}, or lower max_length."
+        )
 
 
 def digest(dataset: Dataset) -> str:

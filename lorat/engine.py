@@ -6,8 +6,8 @@ into decide memory alone. Several ranks go through the wrapper (DDP) that the Tr
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,42 +18,63 @@ from torch import Tensor, nn
 
 from .logprobs import Head, LogProbs, policy_and_reference
 from .losses import kto_baseline
-from .objectives import Objective, Outcome, Row, mismatched_rows
-from .packing import Batch, pad_rows, split_rows
+from .objectives import Objective, Outcome, mismatched
+from .packing import Batch, Group, Packer
 
 if TYPE_CHECKING:
     from .config import TrustRegionConfig
 
 
 @dataclass
+class Baseline:
+    """KTO's z0 of an optimiser step (0 for the other methods), and the tokens that it takes on this rank.
+
+    Where the whole step is one pack, z0 is None and comes with the losses, in one pass: `partners` are then the
+    mismatched completions, one for each example of the batch (None for one that only fills it up).
+    """
+
+    z0: Tensor | None
+    tokens: int = 0
+    partners: list[Sequence[int] | None] = field(default_factory=list)
+
+
+@dataclass
 class Engine:
-    """Computes losses of batches with one model; `pad_id` fills rows and is never attended to."""
+    """Computes losses of batches with one model."""
 
     model: PeftModel
     head: Head
     objective: Objective
+    packer: Packer
     args: TrustRegionConfig
     accelerator: Accelerator
-    pad_id: int
 
-    def real_rows(self, batch: Batch) -> list[Row]:
-        """The batch's completions, without those that only fill it up."""
-        return [row for e, w in zip(batch.examples, batch.weights) if w for row in self.objective.rows(e)]
+    def groups(self, batch: Batch) -> list[Group]:
+        """The batch's examples as prompts with their completions, without those that only fill it up."""
+        return [self.objective.group(e) for e, w in zip(batch.examples, batch.weights) if w]
 
     def packs(self, batch: Batch) -> list[list[int]]:
         """Which examples go through the model together, within `max_tokens_per_pack`."""
-        lengths = [[len(p) + len(c) for p, c in self.objective.rows(e)] for e in batch.examples]
-        return split_rows(lengths, self.args.max_tokens_per_pack)
+        return self.packer.split([self.objective.group(e) for e in batch.examples])
 
-    def outcome(self, wrapper: nn.Module, batch: Batch, indices: list[int], z0: Tensor) -> tuple[Outcome, Tensor]:
+    def outcome(
+        self, wrapper: nn.Module, batch: Batch, indices: list[int], baseline: Baseline
+    ) -> tuple[Outcome, Tensor]:
         """Losses and metrics of the batch's examples `indices`, and their weights (n,)."""
         examples = [batch.examples[i] for i in indices]
-        lp = self.logprobs(wrapper, [row for e in examples for row in self.objective.rows(e)])
+        z0, partners = baseline.z0, baseline.partners or [None] * len(batch)
+        groups = self._joined(examples, [partners[i] for i in indices])
+        lp = self.logprobs(wrapper, groups)
+        if z0 is None:
+            other = torch.tensor([k > 0 for _, cs in groups for k in range(len(cs))], device=lp.logps.device)
+            z0 = self._mean(lp.logratios.detach()[other])
+            lp = LogProbs(*(x[~other] for x in lp))
         weights = torch.tensor([batch.weights[i] for i in indices], device=self.args.device)
         return self.objective.outcome(examples, lp, z0, self.args), weights
 
-    def logprobs(self, wrapper: nn.Module, rows: list[Row]) -> LogProbs:
-        pack = pad_rows(rows, self.pad_id).to(self.args.device)
+    def logprobs(self, wrapper: nn.Module, groups: list[Group]) -> LogProbs:
+        """Of every completion of `groups`, through one forward pass of each adapter."""
+        pack = self.packer.pack(groups).to(self.args.device)
 
         def forward(*_: Any) -> LogProbs:
             with self.accelerator.autocast():
@@ -62,23 +83,46 @@ class Engine:
         return forward() if wrapper is self.model else through(wrapper, self.model, forward, pack.input_ids)
 
     @torch.no_grad()
-    def baseline(self, batches: list[Batch]) -> tuple[Tensor, int]:
-        """KTO's z0 over all of `batches` on all ranks (0 for the other methods), and the tokens that it took here."""
+    def baseline(self, batches: list[Batch]) -> Baseline:
+        """KTO's z0 over all of `batches` on all ranks: now, or with the losses where that costs less."""
         if not self.objective.baseline:
-            return torch.zeros((), device=self.args.device), 0
-        mine = [self.real_rows(b) for b in batches]
+            return Baseline(torch.zeros((), device=self.args.device))
+        mine = [self.groups(b) for b in batches]
         everyone = gather_object([mine]) if self.args.world_size > 1 else [mine]
-        rows = mismatched_rows(everyone, self.args.process_index)
+        groups = mismatched(everyone, self.args.process_index)
+        if len(batches) == 1:
+            rest = iter(groups)
+            partners = [next(rest)[1][0] if w and groups else None for w in batches[0].weights]
+            if self._one_pass(batches[0], partners):
+                return Baseline(None, sum(len(m) for m in partners if m is not None), partners)
         training = self.model.training
         self.model.eval()
-        sums = torch.zeros(2, dtype=torch.float64, device=self.args.device)
-        for indices in split_rows([[len(p) + len(c)] for p, c in rows], self.args.max_tokens_per_pack):
-            lp = self.logprobs(self.model, [rows[i] for i in indices])
-            sums += torch.stack([lp.logratios.double().sum(), torch.tensor(float(len(indices))).to(sums)])
+        parts = [self.logprobs(self.model, [groups[i] for i in pack]).logratios for pack in self.packer.split(groups)]
         self.model.train(training)
+        return Baseline(self._mean(torch.cat(parts) if parts else torch.zeros(0)), self.packer.tokens(groups))
+
+    def _one_pass(self, batch: Batch, partners: list[Sequence[int] | None]) -> bool:
+        """Whether the step fits one pack with its mismatched completions, and saves by it, on every rank.
+
+        With gradient their tokens go through backward and recomputation too, where a pass of their own repeats the
+        prompts in two forward passes. z0 is taken without dropout, so dropout wants that pass of its own.
+        """
+        groups = self._joined(batch.examples, partners)
+        prompts, added = (sum(len(p) for p, _ in groups), sum(len(m) for m in partners if m is not None))
+        dropout = any(isinstance(m, nn.Dropout) and m.p > 0 for m in self.model.modules())
+        worth = not self.model.training or (prompts > 2 * added and not dropout)
+        fits = self.packer.shared and worth and self.packer.tokens(groups) <= self.packer.budget
+        return self.summed(torch.tensor(float(not fits))).item() == 0
+
+    def _joined(self, examples: Sequence[Any], partners: Sequence[Sequence[int] | None]) -> list[Group]:
+        groups = (self.objective.group(e) for e in examples)
+        return [(p, [*cs, m] if m is not None else cs) for (p, cs), m in zip(groups, partners, strict=True)]
+
+    def _mean(self, logratios: Tensor) -> Tensor:
+        """z0 from this rank's mismatched log-ratios (m,) and those of all others."""
+        sums = torch.stack([logratios.double().sum(), torch.tensor(float(len(logratios))).to(logratios.device)])
         total, n = self.summed(sums)
-        z0 = kto_baseline((total / n).reshape(1) if n > 0 else total.new_zeros(0)).float()
-        return z0, sum(len(p) + len(c) for p, c in rows)
+        return kto_baseline((total / n).reshape(1) if n > 0 else total.new_zeros(0)).float().to(self.args.device)
 
     def summed(self, x: Tensor) -> Tensor:
         """The sum of `x` over all ranks, on this rank's device."""

@@ -18,6 +18,7 @@ from lorat_kernels import linear_logprob
 from torch import Tensor, nn
 
 from .adapters import using_reference
+from .attention import KEYWORD
 from .errors import ModelError
 from .packing import Pack, pad_rows
 
@@ -71,7 +72,11 @@ def backbone(model: PeftModel) -> nn.Module:
 
 def token_logprobs(model: PeftModel, head: Head, pack: Pack) -> Tensor:
     """Log-probs of the pack's completion tokens under the active adapter: (K,) float32."""
-    out = backbone(model)(input_ids=pack.input_ids, attention_mask=pack.attention_mask, use_cache=False)
+    how: dict[str, Any] = {"attention_mask": pack.attention_mask}
+    if pack.layout is not None:  # a 4-D mask is handed through as it is, so that no T x T one is made
+        nothing = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=pack.input_ids.device)
+        how = {"attention_mask": nothing, "position_ids": pack.position_ids, KEYWORD: pack.layout}
+    out = backbone(model)(input_ids=pack.input_ids, use_cache=False, **how)
     hidden = out.last_hidden_state.flatten(0, 1).index_select(0, pack.predict)
     return head.logprobs(hidden, pack.targets)
 
@@ -100,7 +105,7 @@ def check_head(model: PeftModel, head: Head, device: torch.device) -> None:
     """
     vocabulary = head.weight.shape[0]
     ids = torch.randint(0, vocabulary, (8,), generator=torch.Generator().manual_seed(0)).tolist()
-    pack = pad_rows([(ids[:1], ids[1:])], pad_id=0).to(device)
+    pack = pad_rows([(ids[:1], [ids[1:]])], pad_id=0).to(device)
     training = model.training
     model.eval()
     ours = token_logprobs(model, head, pack)

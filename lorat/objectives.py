@@ -15,12 +15,12 @@ from torch import Tensor
 
 from . import losses
 from .logprobs import LogProbs
+from .packing import Group
 
 if TYPE_CHECKING:
     from .config import TrustRegionConfig
 
 Example = dict[str, Any]
-Row = tuple[list[int], list[int]]  # prompt ids, completion ids
 
 
 class Outcome(NamedTuple):
@@ -32,25 +32,25 @@ class Outcome(NamedTuple):
 
 @dataclass(frozen=True)
 class Objective:
-    """`rows`: an example's completions, in the order `outcome` expects them; `baseline`: whether z0 is needed."""
+    """`group`: an example's completions, in the order `outcome` expects them; `baseline`: whether z0 is needed."""
 
-    rows: Callable[[Example], list[Row]]
+    group: Callable[[Example], Group]
     outcome: Callable[[Sequence[Example], LogProbs, Tensor, TrustRegionConfig], Outcome]
     baseline: bool = False
 
 
 def objective(method: str) -> Objective:
     if method == "kto":
-        return Objective(kto_rows, kto_outcome, baseline=True)
-    return Objective(pair_rows, pair_outcome)
+        return Objective(kto_group, kto_outcome, baseline=True)
+    return Objective(pair_group, pair_outcome)
 
 
-def pair_rows(e: Example) -> list[Row]:
-    return [(e["prompt_ids"], e["chosen_ids"]), (e["prompt_ids"], e["rejected_ids"])]
+def pair_group(e: Example) -> Group:
+    return e["prompt_ids"], [e["chosen_ids"], e["rejected_ids"]]
 
 
-def kto_rows(e: Example) -> list[Row]:
-    return [(e["prompt_ids"], e["completion_ids"])]
+def kto_group(e: Example) -> Group:
+    return e["prompt_ids"], [e["completion_ids"]]
 
 
 def pair_outcome(examples: Sequence[Example], lp: LogProbs, z0: Tensor, args: TrustRegionConfig) -> Outcome:
@@ -101,21 +101,22 @@ def kto_outcome(examples: Sequence[Example], lp: LogProbs, z0: Tensor, args: Tru
     return Outcome(out.losses, metrics)
 
 
-def mismatched_rows(per_rank: list[list[list[Row]]], rank: int) -> list[Row]:
+def mismatched(per_rank: list[list[list[Group]]], rank: int) -> list[Group]:
     """KTO's mismatched completions (x_i, y_{i+1}) of this rank, over an optimiser step's whole batch.
 
-    `per_rank[r][m]`: the rows of rank r's m-th device batch. Examples are taken in the order the sampler drew
+    `per_rank[r][m]`: the examples of rank r's m-th device batch. They are taken in the order the sampler drew
     them (batch m of rank 0, of rank 1, …; then batch m+1), so the result does not depend on how the batch was
     divided. A step of one example has no mismatched completion: the list is empty and z0 is 0.
     """
     order = [
-        (r, row)
+        (r, group)
         for m in range(max((len(batches) for batches in per_rank), default=0))
         for r, batches in enumerate(per_rank)
         if m < len(batches)
-        for row in batches[m]
+        for group in batches[m]
     ]
     if len(order) < 2:
         return []
     following = order[1:] + order[:1]
-    return [(prompt, y) for (r, (prompt, _)), (_, (_, y)) in zip(order, following, strict=True) if r == rank]
+    pairs = zip(order, following, strict=True)
+    return [(prompt, completions) for (r, (prompt, _)), (_, (_, completions)) in pairs if r == rank]

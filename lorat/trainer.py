@@ -25,16 +25,18 @@ from .base import check_fit, load_base, load_tokenizer
 from .callbacks import ProgressCallback, ReferenceCallback, SignalCallback, Throughput, opening_lines
 from .checkpoint import last_whole
 from .config import TrustRegionConfig
-from .data import DataReport, extent, prepare
-from .engine import Engine
+from .data import DataReport, check_budget, extent, prepare
+from .engine import Baseline, Engine
 from .errors import ConfigError, NonFiniteError
 from .logprobs import Head, check_head
 from .metrics import Averages
 from .objectives import Outcome, objective
-from .packing import Batch, collate
+from .packing import Batch, Packer, collate
+from .probe import why_not
 from .reference import POLICY, adapter_parameters, distance, snapshot
 from .tokenization import check_tokenizer
 from .trainer_checkpoint import CheckpointMixin
+from .trainer_evaluation import EvaluationMixin
 
 
 @dataclass
@@ -43,10 +45,10 @@ class Step:
 
     batches: list[Batch]
     count: float
-    z0: Tensor | None = None
+    baseline: Baseline | None = None
 
 
-class TrustRegionTrainer(CheckpointMixin, Trainer):
+class TrustRegionTrainer(CheckpointMixin, EvaluationMixin, Trainer):
     """Trains a LoRA policy on preference data against a reference that moves: TR-DPO, TR-IPO, TR-KTO.
 
     `model`: a name, a base model, or a `PeftModel` whose adapter `default` is the policy. `args`: a
@@ -89,7 +91,11 @@ class TrustRegionTrainer(CheckpointMixin, Trainer):
             ref_adapter=args.ref_adapter,
             check_base=args.check_adapter_base,
         )
-        check_fit(model.get_base_model(), *extent([d for d in (train_dataset, eval_dataset) if isinstance(d, Dataset)]))
+        held_out = eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset}
+        data = {f"eval_{k}" if k else "eval": d for k, d in held_out.items()} | {"train": train_dataset}
+        data = {name: d for name, d in data.items() if d is not None}
+        greatest, longest = extent(list(data.values()))
+        check_fit(model.get_base_model(), greatest, longest)
         record_base_(args, model)
         if args.checkpointing:
             model.enable_input_require_grads()  # else a frozen embedding leaves lora_B at zero under checkpointing
@@ -100,6 +106,7 @@ class TrustRegionTrainer(CheckpointMixin, Trainer):
         self.rule = args.update_rule()
         self.averages, self.eval_averages = Averages(), Averages()
         self.tokens = Throughput()
+        self.separate: str | None = None  # why prompts are not shared
         self._step: Step | None = None
         self._suspects: list[tuple[list[int], Tensor]] = []
         super().__init__(
@@ -114,9 +121,11 @@ class TrustRegionTrainer(CheckpointMixin, Trainer):
         )
         head = Head.of(self.model)
         check_head(self.model, head, args.device)
-        self.engine = Engine(
-            self.model, head, objective(args.method), args, self.accelerator, check_tokenizer(tokenizer)
-        )
+        shared = self._can_share(head, longest)
+        for name, dataset in data.items():
+            check_budget(dataset, args.max_tokens_per_pack, shared, name)
+        packer = Packer(shared, args.max_tokens_per_pack, check_tokenizer(tokenizer))
+        self.engine = Engine(self.model, head, objective(args.method), packer, args, self.accelerator)
         self.start = snapshot(self.model, POLICY)
         for plain in (PlainProgressCallback, PrinterCallback):
             self.remove_callback(plain)
@@ -139,6 +148,19 @@ class TrustRegionTrainer(CheckpointMixin, Trainer):
         self.reports.append(report)
         return dataset
 
+    def _can_share(self, head: Head, longest: int) -> bool:
+        """Whether packs share prompts: as `prefix_sharing` says, or as the probe finds."""
+        if self.args.prefix_sharing is False:
+            return False
+        self.separate = why_not(self.model, head, self.args.device, longest, self.accelerator.autocast)
+        if self.separate and self.args.prefix_sharing:
+            name = type(self.model.get_base_model()).__name__
+            raise ConfigError(
+                f"prefix_sharing=True cannot work with {name}: {self.separate}. Remove it: each completion then has a "
+                "row of its own, which is exact for every model."
+            )
+        return not self.separate
+
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The optimiser over the policy's tensors, chosen by name; raises `ConfigError` if it got any other."""
         train_policy_only_(self.model)
@@ -152,7 +174,10 @@ class TrustRegionTrainer(CheckpointMixin, Trainer):
 
     def opening_lines(self, steps: int) -> list[str]:
         """How the reference will move in a run of `steps` optimiser steps, in words."""
-        return opening_lines(self.rule, self.args.beta, steps)
+        lines = opening_lines(self.rule, self.args.beta, steps)
+        if self.separate:
+            lines.append(f"Packs: one padded row a completion, since this model cannot share prompts: {self.separate}.")
+        return lines
 
     # ---- an optimiser step ----
 
@@ -184,17 +209,17 @@ class TrustRegionTrainer(CheckpointMixin, Trainer):
             into_train_mode()  # schedule-free optimisers
         step, batch = self._step, inputs["batch"]
         assert step is not None, "get_batch_samples comes first"
-        if step.z0 is None:
-            step.z0, tokens = self.engine.baseline(step.batches)
-            self.tokens.local += tokens
+        if step.baseline is None:
+            step.baseline = self.engine.baseline(step.batches)
+            self.tokens.local += step.baseline.tokens
             self._suspects.clear()
-        self.tokens.local += sum(len(p) + len(c) for p, c in self.engine.real_rows(batch))
+        self.tokens.local += self.engine.packer.tokens(self.engine.groups(batch))
         packs = self.engine.packs(batch)
         total = torch.zeros((), device=self.args.device)
         for i, indices in enumerate(packs):
             sync = contextlib.nullcontext() if i == len(packs) - 1 else self.accelerator.no_sync(model)
             with sync:
-                out, weights = self.engine.outcome(model, batch, indices, step.z0)
+                out, weights = self.engine.outcome(model, batch, indices, step.baseline)
                 # DDP averages gradients over ranks, the Trainer averages losses: both want the sum.
                 loss = (out.losses * weights).sum() * (self.args.world_size / step.count)
                 self.accelerator.backward(loss)
@@ -247,29 +272,3 @@ class TrustRegionTrainer(CheckpointMixin, Trainer):
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         return 0  # Trainer's estimate needs input_ids in the batch; `num_tokens` says what was done
-
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """Losses and metrics of one evaluation batch, nothing else; returns `(mean loss, None, None)`."""
-        batch = inputs["batch"]
-        z0, _ = self.engine.baseline([batch])
-        with torch.no_grad():
-            parts = [(i, self.engine.outcome(self.model, batch, i, z0)[0]) for i in self.engine.packs(batch)]
-        order = torch.tensor([j for i, _ in parts for j in i]).argsort().to(self.args.device)
-        losses = torch.cat([out.losses for _, out in parts])[order]
-        names = list(parts[0][1].metrics)
-        columns = [losses, torch.ones_like(losses)]
-        for name in names:
-            for k in (0, 1):
-                columns.append(torch.cat([out.metrics[name][k] for _, out in parts])[order])
-        table = self.accelerator.gather_for_metrics(torch.stack(columns, 1))
-        for k, name in enumerate(["loss", *names]):
-            self.eval_averages.add(name, table[:, 2 * k], table[:, 2 * k + 1])
-        return losses.mean(), None, None
-
-    def evaluation_loop(  # the signature is the Trainer's
-        self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
-    ):
-        self.eval_averages.reset()
-        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
-        means = {f"{metric_key_prefix}_{k}": v for k, v in self.eval_averages.means().items()}
-        return output._replace(metrics={**(output.metrics or {}), **means})

@@ -44,7 +44,7 @@ def test_heads(config):
     model = attach(base, LoraConfig(target_modules=["q_proj"]))
     head = Head.of(model)
     check_head(model, head, torch.device("cpu"))
-    pack = pad_rows([([5, 6], [7, 8, 9]), ([10], [11])], pad_id=0)
+    pack = pad_rows([([5, 6], [[7, 8, 9]]), ([10], [[11]])], pad_id=0)
     with torch.no_grad():
         ours = token_logprobs(model.eval(), head, pack)
         expected = []

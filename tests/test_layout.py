@@ -31,8 +31,10 @@ ARROWS = {
     "identity": {"config", "data"},
     "base": {"config"},
     "adapters": {"base", "config", "reference"},
-    "logprobs": {"adapters", "packing"},
-    "objectives": {"config", "logprobs", "losses"},
+    "attention": {"packing"},
+    "logprobs": {"adapters", "attention", "packing"},
+    "probe": {"attention", "logprobs", "packing"},
+    "objectives": {"config", "logprobs", "losses", "packing"},
     "engine": {"config", "logprobs", "losses", "objectives", "packing"},
 }
 

@@ -9,12 +9,12 @@ import torch
 
 from lorat.logprobs import per_completion
 from lorat.metrics import Averages
-from lorat.objectives import mismatched_rows
+from lorat.objectives import mismatched
 from lorat.packing import Batch, collate, pad_rows, split_rows
 
 
 def test_rows_are_padded_on_the_right_and_completion_tokens_predicted():
-    pack = pad_rows([([5, 6, 7], [8, 9]), ([5], [6])], pad_id=0)
+    pack = pad_rows([([5, 6, 7], [[8, 9]]), ([5], [[6]])], pad_id=0)
     assert pack.input_ids.tolist() == [[5, 6, 7, 8, 9], [5, 6, 0, 0, 0]]
     assert pack.attention_mask.tolist() == [[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]]
     # the hidden state at 7 predicts 8, that at 8 predicts 9; in the second row that at 5 predicts 6
@@ -51,14 +51,14 @@ def test_a_batch_tells_its_size_first():
 
 def test_mismatched_completions_are_those_of_the_next_example_drawn():
     """4 examples on one rank, as 2 + 2 on one rank, and as 1 + 1 batches on two ranks: the same partners."""
-    a, b, c, d = (([i], [10 + i]) for i in range(4))
-    expected = [([0], [11]), ([1], [12]), ([2], [13]), ([3], [10])]
-    assert mismatched_rows([[[a, b, c, d]]], 0) == expected
-    assert mismatched_rows([[[a, b], [c, d]]], 0) == expected
+    a, b, c, d = (([i], [[10 + i]]) for i in range(4))
+    expected = [([0], [[11]]), ([1], [[12]]), ([2], [[13]]), ([3], [[10]])]
+    assert mismatched([[[a, b, c, d]]], 0) == expected
+    assert mismatched([[[a, b], [c, d]]], 0) == expected
     two = [[[a], [c]], [[b], [d]]]  # rank 0 drew a and c, rank 1 b and d
-    assert mismatched_rows(two, 0) == [expected[0], expected[2]]
-    assert mismatched_rows(two, 1) == [expected[1], expected[3]]
-    assert mismatched_rows([[[a]]], 0) == []
+    assert mismatched(two, 0) == [expected[0], expected[2]]
+    assert mismatched(two, 1) == [expected[1], expected[3]]
+    assert mismatched([[[a]]], 0) == []
 
 
 def test_averages_weigh_examples_and_not_batches():

@@ -46,11 +46,11 @@ def test_ktos_baseline_and_the_reference_have_no_dropout(neox, tmp_path):
     nudge(trainer, scale=-0.05)
     trainer.model.train()
     batch = collate(list(trainer.train_dataset)[:8])["batch"]
-    first, second = (trainer.engine.baseline([batch])[0] for _ in range(2))
+    first, second = (trainer.engine.baseline([batch]).z0 for _ in range(2))
     assert first > 0 and torch.equal(first, second) and trainer.model.training
     copy_(trainer.model)  # a reference whose B is not zero, so that dropout would show
     row = trainer.train_dataset[0]
-    pack = pad_rows([(row["prompt_ids"], row["completion_ids"])], 0)
+    pack = pad_rows([(row["prompt_ids"], [row["completion_ids"]])], 0)
     with torch.no_grad(), using_reference(trainer.model):
         assert torch.equal(*(token_logprobs(trainer.model, trainer.engine.head, pack) for _ in range(2)))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -10,7 +11,7 @@ from conftest import make_pairs, nudge, trainer_for
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lorat.errors import NonFiniteError
-from lorat.packing import collate, pad_rows
+from lorat.packing import Batch, collate, pad_rows
 from lorat.reference import adapter_parameters, snapshot
 
 
@@ -46,13 +47,16 @@ def test_the_gradient_of_a_step_does_not_depend_on_how_it_is_divided(neox, tmp_p
     rows = list(trainer.train_dataset)[:8]
     whole = gradients(trainer, [rows])
     if method == "kto":
-        assert trainer._step.z0 > 0
+        assert trainer.engine.baseline([Batch(r) for r in ([rows[:3], rows[3:]])]).z0 > 0
     for division in ([[r] for r in rows], [rows[:3], rows[3:]]):
         close(whole, gradients(trainer, division))
+    packer = trainer.engine.packer
+    assert packer.shared
     for budget in (1, 20, 64):
-        trainer.args.max_tokens_per_pack = budget
-        assert len(trainer.engine.packs(collate(rows)["batch"])) > 1
-        close(whole, gradients(trainer, [rows]))
+        for shared in (True, False):
+            trainer.engine.packer = dataclasses.replace(packer, budget=budget, shared=shared)
+            assert len(trainer.engine.packs(collate(rows)["batch"])) > 1
+            close(whole, gradients(trainer, [rows]))
 
 
 def test_checkpointing_changes_no_gradient_and_lora_b_moves(neox, tmp_path):
@@ -280,7 +284,7 @@ def test_dropout_reaches_the_policy_and_not_the_reference(neox, tmp_path):
     from lorat.logprobs import token_logprobs
 
     row = trainer.train_dataset[0]
-    pack = pad_rows([(row["prompt_ids"], row["chosen_ids"])], trainer.engine.pad_id)
+    pack = pad_rows([(row["prompt_ids"], [row["chosen_ids"]])], 0)
     with torch.no_grad():
         with using_reference(trainer.model):
             first, second = (token_logprobs(trainer.model, trainer.engine.head, pack) for _ in range(2))
@@ -323,3 +327,68 @@ def test_the_result_is_a_plain_peft_adapter(neox, tmp_path):
     trainer.args.save_reference = True
     trainer.save_model(str(tmp_path / "both"))
     assert (tmp_path / "both" / "ref" / "adapter_model.safetensors").is_file()
+
+
+# ---- packs
+
+
+def test_kto_in_one_pass_is_kto_in_two(neox, tmp_path):
+    """Losses, metrics and gradients, with z0 > 0; one pass only where it saves, and never with dropout."""
+    pairs = make_pairs(6)
+    for p in pairs:
+        p["prompt"] = p["prompt"] * 4
+    trainer = trainer_for(neox, tmp_path / "run", pairs, method="kto", beta=0.3, max_length=128)
+    nudge(trainer, scale=-0.05)
+    rows = list(trainer.train_dataset)[:6]
+    batch = Batch(rows)
+    packer = trainer.engine.packer
+    trainer.model.train()
+    one = trainer.engine.baseline([batch])
+    assert one.z0 is None and one.partners == [r["completion_ids"] for r in [*rows[1:], rows[0]]]
+    assert one.tokens == sum(len(r["completion_ids"]) for r in rows)
+    joined = sum(len(r["prompt_ids"]) + len(r["completion_ids"]) for r in rows)
+    trainer.engine.packer = dataclasses.replace(packer, budget=joined + one.tokens)
+    assert trainer.engine.baseline([batch]).z0 is None
+    together = gradients(trainer, [rows])
+    outcome, _ = trainer.engine.outcome(trainer.model, batch, list(range(6)), one)
+    trainer.engine.packer = dataclasses.replace(packer, budget=joined + one.tokens - 1)
+    two = trainer.engine.baseline([batch])
+    assert two.z0 > 0 and two.tokens == sum(len(r["prompt_ids"]) for r in rows) + one.tokens
+    close(together, gradients(trainer, [rows]))
+    again, _ = trainer.engine.outcome(trainer.model, batch, list(range(6)), two)
+    torch.testing.assert_close(outcome.losses, again.losses, rtol=1e-6, atol=1e-6)
+    for name, (values, weights) in outcome.metrics.items():
+        torch.testing.assert_close(values, again.metrics[name][0], rtol=1e-5, atol=1e-5)
+        assert torch.equal(weights, again.metrics[name][1])
+    trainer.engine.packer = packer
+    next(m for m in trainer.model.modules() if isinstance(m, torch.nn.Dropout)).p = 0.1
+    assert trainer.engine.baseline([batch]).z0 is not None
+    trainer.model.eval()
+    assert trainer.engine.baseline([batch]).z0 is None
+
+
+def test_kto_with_short_prompts_takes_two_passes_in_training_and_one_in_evaluation(neox, tmp_path):
+    trainer = trainer_for(neox, tmp_path / "run", make_pairs(4), method="kto")
+    batch = Batch(list(trainer.train_dataset)[:4])
+    trainer.model.train()
+    assert trainer.engine.baseline([batch]).z0 is not None
+    trainer.model.eval()
+    assert trainer.engine.baseline([batch]).z0 is None
+
+
+@pytest.mark.parametrize("method", ["dpo", "kto"])
+def test_evaluation_is_the_same_in_packs_and_in_rows(neox, tmp_path, method):
+    pairs = make_pairs(13)
+    if method == "kto":
+        pairs = [{"prompt": p["prompt"], "completion": p["chosen"], "label": i % 3 > 0} for i, p in enumerate(pairs)]
+    results = []
+    for shared, budget in ((None, 8192), (None, 60), (False, 8192)):
+        trainer = trainer_for(
+            neox, tmp_path / f"{shared}{budget}", pairs, method=method, eval_pairs=pairs, prefix_sharing=shared,
+            max_tokens_per_pack=budget,
+        )  # fmt: skip
+        nudge(trainer, scale=-0.05)
+        results.append({k: v for k, v in trainer.evaluate().items() if not k.endswith(("time", "per_second"))})
+    assert results[0].keys() == results[1].keys() == results[2].keys() and len(results[0]) > 6
+    for other in results[1:]:
+        assert other == pytest.approx(results[0], rel=1e-5, abs=1e-5)

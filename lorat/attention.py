@@ -1,0 +1,206 @@
+"""A pack's layout, given to Hugging Face attention, with no model patched.
+
+A function registered with transformers' `AttentionInterface` receives the layout as a forward keyword, through PEFT and
+through activation checkpointing, and computes exact attention of each sequence on its own keys. A call without the
+keyword (generation, ordinary evaluation) goes to the attention that the model had. Only K and V are gathered; nothing
+of size T x T is made on a GPU.
+
+Backends: `torch.nn.attention.varlen` (FlashAttention) on CUDA where it takes head size, type and card; else sdpa,
+sequence by sequence, on the same gathered keys; a softcap (Gemma 2) is computed in float32, sequence by sequence.
+Left out: attention sinks, position biases, bidirectional layers: these raise, and the probe falls back.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .packing import Layout
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+KEYWORD = "pack_layout"  # the forward keyword that carries a `Layout`
+NAMES = {"sdpa": "lorat_packs", "eager": "lorat_packs_eager"}  # by what a call without a layout does
+UNKNOWN = ("s_aux", "sinks", "position_bias", "score_mod", "head_mask")  # forward keywords that bend attention
+
+
+_seen: list[tuple[nn.Module, int | None]] | None = None
+
+
+@contextmanager
+def recording() -> Iterator[list[tuple[nn.Module, int | None]]]:
+    """Inside, every attention that is called with a layout is listed, with its window."""
+    global _seen
+    _seen = []
+    try:
+        yield _seen
+    finally:
+        _seen = None
+
+
+def install(model: PreTrainedModel) -> bool:
+    """Make `model` (a transformers model) heed layouts; other calls stay as they are. False where it cannot."""
+    before = model.config._attn_implementation or "eager"
+    if before in NAMES.values():
+        return True
+    plain = "eager" if before == "eager" else "sdpa"
+    name = NAMES[plain]
+    AttentionInterface.register(name, _interface(plain))
+    AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[plain])
+    model.set_attn_implementation(name)
+    return model.config._attn_implementation == name
+
+
+@lru_cache
+def _interface(plain: str) -> Callable[..., tuple[Tensor, Any]]:
+    def attention(module, query, key, value, attention_mask, *args, **kwargs):
+        layout = kwargs.pop(KEYWORD, None)
+        if layout is not None:
+            return packed_attention(module, query, key, value, layout, *args, **kwargs), None
+        if plain == "eager":  # each model file has its own
+            owner = next(
+                c for c in type(module).__mro__ if hasattr(sys.modules[c.__module__], "eager_attention_forward")
+            )
+            function = sys.modules[owner.__module__].eager_attention_forward
+        else:
+            function = ALL_ATTENTION_FUNCTIONS[plain]
+        return function(module, query, key, value, attention_mask, *args, **kwargs)
+
+    return attention
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: Layout,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **kwargs: Any,
+) -> Tensor:
+    """Exact attention in one row: `query` (1, H, T, d), `key`, `value` (1, Hkv, T, d) -> (1, T, H, d).
+
+    A token sees those of its sequence's keys that are not after it, the last `sliding_window` of them where one is
+    given. Raises `NotImplementedError` for what this cannot express.
+    """
+    known = [name for name in UNKNOWN if kwargs.get(name) is not None]
+    if known or not (is_causal if is_causal is not None else getattr(module, "is_causal", True)):
+        raise NotImplementedError(f"its attention uses {known[0]}" if known else "its attention looks ahead")
+    if query.shape[0] != 1 or query.shape[2] != len(layout.own) or key.shape[2] != len(layout.own):
+        raise NotImplementedError("its attention does not see the row token by token")
+    if torch.is_autocast_enabled(query.device.type):  # rotary positions may have widened q and k
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = (x.to(dtype) for x in (query, key, value))
+    elif not query.dtype == key.dtype == value.dtype:
+        query, key = query.to(value.dtype), key.to(value.dtype)
+    if _seen is not None:
+        _seen.append((module, sliding_window))
+    q = query[0].transpose(0, 1)  # (T, H, d)
+    k, v = (Gather.apply(x[0].transpose(0, 1), layout) for x in (key, value))  # (Tk, Hkv, d)
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    if softcap is None and dropout == 0 and (varlen := varlen_backend(q, v, sliding_window)) is not None:
+        return varlen(q, k, v, layout, scale, sliding_window)[None]
+    out, a, b = [], 0, 0
+    for m, n in zip(layout.queries, layout.keys, strict=True):
+        one = _one_sequence(q[a : a + m], k[b : b + n], v[b : b + n], scale, sliding_window, softcap, dropout)
+        out.append(one)
+        a, b = a + m, b + n
+    return torch.cat(out)[None]
+
+
+class Gather(torch.autograd.Function):
+    """`x[layout.gather]` whose gradient adds in a fixed order: (T, H, d) -> (Tk, H, d)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layout: Layout) -> Tensor:
+        ctx.layout = layout
+        return x.index_select(0, layout.gather)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (g,) = grads
+        out = g.index_select(0, ctx.layout.own)
+        for rows, places in ctx.layout.again:  # rows are unique: no two additions meet, and the order is ours
+            out.index_add_(0, rows, g.index_select(0, places))
+        return out, None
+
+
+def _one_sequence(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, softcap: float | None, dropout: float
+) -> Tensor:
+    """(m, H, d) on (n, Hkv, d), the queries being the last m of n keys -> (m, H, d)."""
+    q, k, v = (x[None].transpose(1, 2) for x in (q, k, v))
+    m, n = q.shape[2], k.shape[2]
+    mask = None
+    if softcap is not None or m != n or (window is not None and window < n):
+        behind = torch.arange(n - m, n, device=q.device)[:, None] - torch.arange(n, device=q.device)
+        mask = (behind >= 0) if window is None else (behind >= 0) & (behind < window)
+    if (groups := q.shape[1] // k.shape[1]) > 1:
+        k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
+    if softcap is None:
+        out = scaled_dot_product_attention(q, k, v, mask, dropout, mask is None, scale=scale)
+        return out[0].transpose(0, 1)
+    scores = (q.float() @ k.float().transpose(2, 3) * scale / softcap).tanh() * softcap
+    weights = scores.masked_fill(~mask, -torch.inf).softmax(-1)  # type: ignore[operator]
+    return (nn.functional.dropout(weights, dropout) @ v.float()).to(v.dtype)[0].transpose(0, 1)
+
+
+def varlen_backend(q: Tensor, v: Tensor, window: int | None) -> Callable[..., Tensor] | None:
+    """One FlashAttention call for all sequences, or None where card, type, head size or version have none."""
+    if q.device.type != "cuda" or q.dtype not in (torch.bfloat16, torch.float16):
+        return None
+    if q.shape[-1] != v.shape[-1] or q.shape[-1] > 256 or q.shape[-1] % 8:
+        return None
+    accepted = _varlen_parameters()
+    if not accepted or torch.cuda.get_device_capability(q.device) < (8, 0):
+        return None
+    if window is not None and "window_size" not in accepted:
+        return None
+    return _varlen
+
+
+@lru_cache
+def _varlen_parameters() -> frozenset[str]:
+    """The keywords of this torch's `varlen_attn`, whose signature has changed; empty where there is none."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return frozenset()
+    return frozenset(inspect.signature(varlen_attn).parameters)
+
+
+def _varlen(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float, window: int | None) -> Tensor:
+    """(T, H, d) on (Tk, Hkv, d) -> (T, H, d); windows are aligned at the last key."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    accepted = _varlen_parameters()
+    how: dict[str, Any] = {"is_causal": True}
+    if "window_size" in accepted:
+        how = {"window_size": (-1, 0) if window is None else (window - 1, 0)}
+    if q.shape[1] != k.shape[1]:
+        if "enable_gqa" in accepted:
+            how["enable_gqa"] = True
+        else:
+            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    if "scale" in accepted:
+        how["scale"] = scale
+    else:
+        q = q * (scale * q.shape[-1] ** 0.5)
+    out: Any = varlen_attn(q, k, v, layout.cu_queries, layout.cu_keys, max(layout.queries), max(layout.keys), **how)
+    return out
