@@ -14,7 +14,10 @@ from typing import Any
 
 import torch
 
-PACKAGES = ["torch", "triton", "transformers", "peft", "trl", "liger-kernel", "cut-cross-entropy"]
+PACKAGES = [
+    *("torch", "triton", "transformers", "peft", "accelerate", "bitsandbytes"),
+    *("trl", "liger-kernel", "cut-cross-entropy"),
+]
 
 
 def commit() -> str:
