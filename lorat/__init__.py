@@ -13,13 +13,19 @@ __version__ = "0.1.0"
 _WHERE = {
     "TrustRegionConfig": "config",
     "TrustRegionTrainer": "trainer",
+    "Adaptive": "reference",
     "Frozen": "reference",
     "Hard": "reference",
     "Soft": "reference",
     "blend_": "reference",
     "copy_": "reference",
     "distance": "reference",
+    "extrapolate_": "reference",
+    "interpolate_": "reference",
+    "preset": "reference",
     "snapshot": "reference",
+    "soup_": "reference",
+    "ReferenceSyncCallback": "sync_callback",
     "LoratError": "errors",
 }
 __all__ = sorted([*_WHERE, "__version__"])
@@ -27,7 +33,21 @@ __all__ = sorted([*_WHERE, "__version__"])
 if TYPE_CHECKING:
     from .config import TrustRegionConfig
     from .errors import LoratError
-    from .reference import Frozen, Hard, Soft, blend_, copy_, distance, snapshot
+    from .reference import (
+        Adaptive,
+        Frozen,
+        Hard,
+        Soft,
+        blend_,
+        copy_,
+        distance,
+        extrapolate_,
+        interpolate_,
+        preset,
+        snapshot,
+        soup_,
+    )
+    from .sync_callback import ReferenceSyncCallback
     from .trainer import TrustRegionTrainer
 
 

@@ -1,4 +1,7 @@
-"""The moving reference against closed forms, on PEFT models; expected values come from float64 arithmetic."""
+"""Copying, mixing factors, pairing and distances on PEFT models; expected values come from float64 arithmetic.
+
+Product space is in test_reference_product.py, the rules in test_rules.py.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lorat.reference import Frozen, Hard, Soft, adapter_parameters, blend_, copy_, distance, paired, snapshot
+from lorat.reference import adapter_parameters, blend_, copy_, distance, paired, relative_distance, snapshot
 
 
 def peft_model(ref_config: LoraConfig | None = None, **config):
@@ -38,6 +41,7 @@ KINDS = {
     "dora": {"use_dora": True},
     "embedding": {"target_modules": ["q_proj", "embed_tokens"]},
     "modules_to_save": {"modules_to_save": ["norm"]},
+    "bias": {"lora_bias": True},
 }
 
 
@@ -61,7 +65,7 @@ def test_copy_makes_every_tensor_equal_and_the_two_models_compute_the_same(kind)
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("alpha", [0.0, 0.02, 0.6, 1.0])
-def test_blend_follows_the_closed_form_over_many_steps(kind, alpha):
+def test_mixing_factors_follows_the_closed_form_over_many_steps(kind, alpha):
     """ref_n = (1-a)^n ref_0 + sum_k a(1-a)^(n-k) policy_k, in float64 from the policies that were shown."""
     model = peft_model(**KINDS[kind])
     randomise(model, "ref", 2)
@@ -71,24 +75,26 @@ def test_blend_follows_the_closed_form_over_many_steps(kind, alpha):
         randomise(model, "default", 100 + k)
         for name, p in adapter_parameters(model, "default").items():
             expected[name] = expected[name] + alpha * (1 - alpha) ** (steps - k) * p.detach().double()
-        blend_(model, alpha)
+        blend_(model, alpha, space="factors")
     for name, p in adapter_parameters(model, "ref").items():
         torch.testing.assert_close(p.detach().double(), expected[name], rtol=0, atol=2e-6, msg=name)
 
 
-def test_a_bf16_reference_is_blended_in_float32():
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_reference_of_another_dtype_is_mixed_in_float32_or_better(dtype):
     model = peft_model()
     randomise(model, "default", 1)
     randomise(model, "ref", 2)
     for p in adapter_parameters(model, "ref").values():
-        p.data = p.data.bfloat16()
+        p.data = p.data.to(dtype)
     before = snapshot(model, "ref")
     policy = snapshot(model, "default")
-    blend_(model, 0.3)
+    blend_(model, 0.3, space="factors")
     for name, p in adapter_parameters(model, "ref").items():
         exact = 0.3 * policy[name].double() + 0.7 * before[name].double()
-        assert p.dtype == torch.bfloat16
-        assert torch.equal(p.data, exact.bfloat16()) or (p.double() - exact).abs().max() < 2**-8 * exact.abs().max()
+        assert p.dtype == dtype
+        # half a unit in the last place of the storage, and float32 arithmetic
+        assert ((p.double() - exact).abs() <= exact.abs() * torch.finfo(dtype).eps / 2 + 1e-6).all(), name
 
 
 @pytest.mark.parametrize("other", [{"lora_alpha": 32}, {"use_rslora": True}])
@@ -116,7 +122,79 @@ def test_what_does_not_pair_up_is_listed():
     assert "only in" in text
     rank_only = peft_model(ref_config=LoraConfig(r=2, lora_alpha=8, target_modules=["q_proj", "down_proj"]))
     with pytest.raises(ValueError, match=r"\(4, 16\) in 'default', \(2, 16\) in 'ref'"):
-        blend_(rank_only, 0.5)
+        paired(rank_only, "default", "ref")
+    assert len(paired(rank_only, "default", "ref", any_rank=True)) == 8
+    for move in (copy_, lambda model: blend_(model, 0.5, space="factors")):
+        with pytest.raises(ValueError, match=r"rank 4 in 'default', 2 in 'ref'.*blend_\(model, 1.0"):
+            move(rank_only)
+
+
+@pytest.mark.parametrize("other", [{}, {"lora_alpha": 32}, {"use_rslora": True}])
+def test_a_copy_into_a_greater_rank_is_exact_and_padded_with_zeros(other):
+    ref_config = LoraConfig(**{"r": 7, "lora_alpha": 14, "target_modules": ["q_proj", "down_proj"], **other})
+    model = peft_model(ref_config=ref_config)
+    randomise(model, "default", 1)
+    randomise(model, "ref", 2)
+    copy_(model)
+    ours = adapter_parameters(model, "default")
+    scale = {"lora_alpha": 32 / 7, "use_rslora": 14 / math.sqrt(7)}.get(next(iter(other), ""), 2.0)
+    for name, p in adapter_parameters(model, "ref").items():
+        if ".lora_A" in name:
+            assert torch.equal(p[:4], ours[name]) and not p[4:].any()
+        else:
+            torch.testing.assert_close(p[:, :4].double(), ours[name].double() * 2 / scale, rtol=2e-7, atol=0)
+            assert not p[:, 4:].any()
+            assert scale != 2.0 or torch.equal(p[:, :4], ours[name])
+    assert relative_distance(model) <= 1e-6
+
+
+def test_mixing_factors_into_a_greater_rank():
+    """Leading components are mixed, the others fade: B and A of the reference beyond the policy's rank times 1 - a."""
+    model = peft_model(ref_config=LoraConfig(r=7, lora_alpha=14, target_modules=["q_proj", "down_proj"]))
+    randomise(model, "default", 1)
+    randomise(model, "ref", 2)
+    ours, before = snapshot(model, "default"), snapshot(model, "ref")
+    blend_(model, 0.25, space="factors")
+    for name, p in adapter_parameters(model, "ref").items():
+        short = 7 - 4
+        padding = (0, 0, 0, short) if ".lora_A" in name else (0, short)
+        exact = 0.25 * torch.nn.functional.pad(ours[name], padding).double() + 0.75 * before[name].double()
+        torch.testing.assert_close(p.double(), exact, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("alpha", [-0.1, 1.1, math.nan])
+def test_an_alpha_outside_its_range_is_refused(alpha):
+    with pytest.raises(ValueError, match="outside"):
+        blend_(peft_model(), alpha)
+
+
+def test_an_unknown_space_is_refused():
+    with pytest.raises(ValueError, match="product, factors"):
+        blend_(peft_model(), 0.5, space="weights")
+
+
+def test_a_module_used_twice_is_moved_once():
+    """Tied layers hold one adapter; blending it twice would be alpha of alpha."""
+    model = peft_model()
+    model.get_base_model().model.layers[1] = model.get_base_model().model.layers[0]
+    randomise(model, "default", 1)
+    randomise(model, "ref", 2)
+    before, ours = snapshot(model, "ref"), snapshot(model, "default")
+    blend_(model, 0.5, space="factors")
+    for name, p in adapter_parameters(model, "ref").items():
+        torch.testing.assert_close(p, 0.5 * before[name] + 0.5 * ours[name], rtol=0, atol=1e-6)
+
+
+def test_an_adapter_that_was_deleted_and_added_anew_is_found_anew():
+    model = peft_model()
+    randomise(model, "default", 1)
+    copy_(model)
+    model.delete_adapter("ref")
+    with pytest.raises(ValueError, match="'ref' is not in this model"):
+        copy_(model)
+    model.add_adapter("ref", copy.deepcopy(model.peft_config["default"]))
+    copy_(model)
+    assert distance(model) == 0.0
 
 
 def test_an_unknown_adapter_names_those_there_are():
@@ -124,7 +202,7 @@ def test_an_unknown_adapter_names_those_there_are():
         copy_(peft_model(), "default", "reference")
 
 
-@pytest.mark.parametrize("kind", ["lora", "rslora", "embedding", "modules_to_save"])
+@pytest.mark.parametrize("kind", ["lora", "rslora", "embedding", "modules_to_save", "bias"])
 @pytest.mark.parametrize("gap", [1.0, 1e-4])
 def test_distance_is_the_norm_of_the_dense_difference(kind, gap):
     model = peft_model(**KINDS[kind])
@@ -146,72 +224,11 @@ def test_distance_is_the_norm_of_the_dense_difference(kind, gap):
         if path.endswith("modules_to_save"):
             for p, r in zip(layer["default"].parameters(), layer["ref"].parameters()):
                 total += (p.double() - r.double()).square().sum().item()
+        if kind == "bias" and getattr(layer, "lora_B", None):
+            p, r = (layer.scaling[n] * layer.lora_B[n].bias.double() for n in ("default", "ref"))
+            total += (p - r).square().sum().item()
     assert distance(model) == pytest.approx(math.sqrt(total), rel=1e-5)
     assert distance(model, "default", snapshot(model, "default")) == 0.0
-
-
-def test_soft_zero_is_frozen_and_soft_one_is_hard():
-    for pair in ((Soft(0.0), Frozen()), (Soft(1.0, every=3), Hard(3))):
-        left, right = (peft_model() for _ in pair)
-        for step in range(1, 8):
-            for rule, model in zip(pair, (left, right)):
-                randomise(model, "default", step)
-                rule.after_step_(model, step)
-            for name, p in adapter_parameters(left, "ref").items():
-                assert torch.equal(p, adapter_parameters(right, "ref")[name])
-        assert pair[0].state_dict() == pair[1].state_dict()
-
-
-def test_hard_copies_at_its_steps_and_at_no_other():
-    model, rule = peft_model(), Hard(3)
-    shown = {}
-    for step in range(1, 8):
-        randomise(model, "default", step)
-        shown[step] = snapshot(model, "default")
-        assert rule.after_step_(model, step) == (step in (3, 6))
-        if step >= 3:
-            for name, p in adapter_parameters(model, "ref").items():
-                assert torch.equal(p, shown[3 if step < 6 else 6][name])
-    assert (rule.updates, rule.last_step, rule.age) == (2, 6, 1.0)
-
-
-@pytest.mark.parametrize(
-    ("rule", "lag"),
-    [(Soft(0.6), 2 / 3), (Soft(0.6, 512), 512 * 2 / 3 + 255.5), (Hard(512), 255.5), (Frozen(), math.inf)],
-)
-def test_lag_is_the_mean_age_of_the_reference(rule, lag):
-    """DESIGN: lag = every(1-a)/a + (every-1)/2; the ages that the rule keeps average to it in the long run."""
-    assert rule.lag == pytest.approx(lag)
-    if rule.moves:
-        model, ages = peft_model(), []
-        copy_(model)
-        steps = 60 * rule.every
-        small = copy.copy(rule)
-        for step in range(1, steps + 1):
-            if step % rule.every:  # nothing moves: only the age changes
-                small.age += 1
-            else:
-                small.after_step_(model, step)
-            ages.append(small.age)
-        late = ages[-20 * rule.every :]
-        assert sum(late) / len(late) == pytest.approx(lag, rel=1e-6)
-
-
-def test_state_round_trip():
-    rule = Soft(0.5, 2)
-    model = peft_model()
-    for step in range(1, 6):
-        rule.after_step_(model, step)
-    other = Soft(0.5, 2)
-    other.load_state_dict(rule.state_dict())
-    # ages by hand: 1, (1+1)/2=1, 2, (2+1)/2=1.5, 2.5
-    assert other.state_dict() == {"updates": 2, "last_step": 4, "age": 2.5}
-
-
-@pytest.mark.parametrize("make", [lambda: Soft(1.2), lambda: Soft(-0.1), lambda: Hard(0), lambda: Soft(0.5, 1.5)])
-def test_impossible_rules_are_refused(make):
-    with pytest.raises(ValueError, match="outside|whole number"):
-        make()
 
 
 def test_reference_and_losses_need_torch_alone():
