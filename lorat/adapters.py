@@ -54,13 +54,15 @@ def attach(
     *,
     policy_adapter: str | None = None,
     ref_adapter: str | None = None,
+    ref_rank: int | None = None,
     check_base: bool = True,
 ) -> PeftModel:
     """Put policy and reference on the base; the reference starts as an exact copy of the policy.
 
     `model`: a base model, or a `PeftModel` whose adapter `default` becomes the policy as it is.
-    `policy_adapter`, `ref_adapter`: folders (or hub ids) of saved adapters to start from. Raises `ModelError`
-    if targets match nothing or include the head, or if an adapter belongs to another base, rank or targets.
+    `policy_adapter`, `ref_adapter`: folders (or hub ids) of saved adapters to start from. `ref_rank`: of a reference
+    made here, at least the policy's. Raises `ModelError` if targets match nothing or include the head, or if an
+    adapter belongs to another base, to other targets, or is of too small a rank.
     """
     keep_trainable_on_cpu_(model)
     if isinstance(model, PeftModel):
@@ -90,7 +92,7 @@ def attach(
             _check_pairs(policy, f"ref_adapter={ref_adapter!r}")
             load_adapter_(policy, folder, REFERENCE)
         else:
-            policy.add_adapter(REFERENCE, copy.deepcopy(policy.peft_config[POLICY]))
+            policy.add_adapter(REFERENCE, _at_rank(policy.peft_config[POLICY], ref_rank))
             copy_(policy, POLICY, REFERENCE)
     _check_pairs(policy, "the model's own adapter 'ref'")
     for adapter in (POLICY, REFERENCE):
@@ -149,9 +151,21 @@ def _check_base(model: Any, config: PeftConfig, given: str, check: bool) -> None
         )
 
 
+def _at_rank(config: Any, rank: int | None) -> Any:
+    """A copy of an adapter's configuration, at another rank and the same scale."""
+    config = copy.deepcopy(config)
+    if rank is not None and rank != config.r:
+        if config.rank_pattern or config.alpha_pattern or rank < config.r:
+            raise ModelError(f"ref_rank={rank} cannot be had for a policy of rank {config.r} or of many; leave it out.")
+        config.lora_alpha *= (rank / config.r) ** (0.5 if config.use_rslora else 1)
+        config.r = rank
+    return config
+
+
 def _check_pairs(model: PeftModel, given: str) -> None:
     try:
-        paired(model, POLICY, REFERENCE)
+        policy, reference = (getattr(model.peft_config[name], "r", 0) for name in (POLICY, REFERENCE))
+        paired(model, POLICY, REFERENCE, any_rank=reference >= policy)
     except ValueError as error:
         raise ModelError(f"{given} cannot be the reference of this policy: {error}") from error
 

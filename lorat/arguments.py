@@ -14,11 +14,12 @@ from collections.abc import Callable
 from dataclasses import fields
 from typing import Any, get_type_hints
 
-from .coercion import FALSE, choices, coerce, describe, nearest, shown
+from .coercion import FALSE, TRUE, choices, coerce, describe, nearest, shown
 from .config import TrustRegionConfig
 from .errors import ConfigError
 from .sources import Given, read_argv, read_yaml
 from .trl import ADVICE, ALIASES, TRL_TYPES, setting_of, translate
+from .validation import SYNC
 
 REQUIRED = {
     "model_name_or_path": "a hub id or a local folder",
@@ -105,8 +106,11 @@ def _override(file: dict[str, Given], line: dict[str, Given]) -> list[str]:
     notes = []
     overridden = {setting_of(key) for key in line}
     sync = next((str(given.value).lower() for key, given in line.items() if setting_of(key) == "sync"), "")
-    sync = "frozen" if sync in FALSE else sync  # sync_ref_model: false
-    useless = {"frozen": ("sync_alpha", "sync_every"), "hard": ("sync_alpha",)}.get(sync, ())
+    sync = "frozen" if sync in FALSE else "soft" if sync in TRUE else sync  # sync_ref_model
+    useless: set[str] = set() if sync in ("", "soft", "adaptive") else {"sync_alpha"}
+    useless |= {"sync_every"} if sync not in ("", *SYNC[1:]) else set()  # frozen, or a name that says both
+    useless |= {"sync_limit", "sync_distance"} if sync not in ("", "adaptive") else set()
+    useless |= {"sync_space"} if sync in ("frozen", "hard") else set()
     for key, given in list(file.items()):
         if setting_of(key) in overridden:
             del file[key]

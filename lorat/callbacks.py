@@ -1,8 +1,7 @@
-"""What happens around the Trainer's steps: the reference moves, signals are heeded, progress is shown."""
+"""What happens around the Trainer's steps: signals are heeded, progress is shown, tokens are counted."""
 
 from __future__ import annotations
 
-import math
 import signal
 import threading
 import time
@@ -12,24 +11,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from rich.console import Console, Group
 from rich.live import Live
+from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 from transformers import TrainerCallback
 
-from .reference import UpdateRule
-
 if TYPE_CHECKING:
     from .trainer import TrustRegionTrainer
-
-
-class ReferenceCallback(TrainerCallback):
-    """Moves the reference after each optimiser step, as the trainer's update rule says."""
-
-    def __init__(self, trainer: TrustRegionTrainer) -> None:
-        self.trainer = trainer
-
-    def on_step_end(self, args, state, control, **kwargs) -> None:
-        self.trainer.rule.after_step_(self.trainer.model, state.global_step)
 
 
 class SignalCallback(TrainerCallback):
@@ -89,9 +77,9 @@ class ProgressCallback(TrainerCallback):
         self.trainer.tokens.restart()
         if not state.is_world_process_zero or args.disable_tqdm:
             return
-        for line in self.trainer.opening_lines(state.max_steps):
-            self.console.print(line, soft_wrap=True, highlight=False)
+        lines = self.trainer.opening_lines(state.max_steps)
         if self.console.is_terminal:
+            self.console.print(Panel("\n".join(lines), title=f"[bold]{self.label}", title_align="left", expand=False))
             self.bar = Progress(
                 TextColumn("[bold]{task.description}"),
                 BarColumn(bar_width=None),
@@ -104,6 +92,9 @@ class ProgressCallback(TrainerCallback):
             self.task = self.bar.add_task(self.label, total=state.max_steps, completed=state.global_step)
             self.live = Live(Group(self.bar, self.line), console=self.console, refresh_per_second=4)
             self.live.start()
+        else:
+            for line in lines:
+                self.console.print(line, soft_wrap=True, highlight=False)
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
         if self.bar:
@@ -148,38 +139,6 @@ def describe_metrics(logs: dict[str, float]) -> str:
     names += [("kl", "z0", "{:.3f}"), ("tokens_per_second", "tok/s", "{:,.0f}")]
     parts = [f"{word} {form.format(logs[prefix + key])}" for key, word, form in names if prefix + key in logs]
     return ("eval: " if prefix and parts else "") + "  ".join(parts)
-
-
-def opening_lines(rule: UpdateRule, beta: float, steps: int) -> list[str]:
-    """What the user should know of the reference before the run: how it moves, its lag, and whether it binds.
-
-    Thresholds come from exact toy experiments in which results collapse onto beta*lag, best between 50 and 300.
-    """
-    if not rule.moves:
-        return ["Reference: frozen at the start; it never moves."]
-    how = "a copy of the policy" if rule.alpha == 1 else f"{rule.alpha:g} of the policy blended in"
-    times = rule.planned_updates(steps)
-    lines = [
-        f"Reference: {how} every {rule.every} optimiser steps; lag {rule.lag:.1f} steps, beta*lag {beta * rule.lag:.2f}; "
-        f"{times} update{'' if times == 1 else 's'} in {steps} steps."
-    ]
-    if times == 0:
-        lines.append(
-            f"It will never move: sync_every={rule.every} is longer than this run of {steps} steps. "
-            f"Set sync_every to {max(1, steps // 8)} or less, or sync: frozen."
-        )
-    elif beta * rule.lag < 1:
-        enough = math.ceil(50 / beta / (rule.lag + 0.5) * rule.every)  # lag grows in proportion to `every`
-        advice = f"Set sync_every to {enough} for beta*lag near 50"
-        if enough > steps // 2:
-            advice = (
-                f"A run of {steps} steps is too short for beta*lag near 50 at beta {beta:g}: raise beta or sync_every"
-            )
-        lines.append(
-            "It does not bind: the reference follows the policy so closely that beta has next to no effect. "
-            f"{advice}, or set sync: frozen."
-        )
-    return lines
 
 
 class Throughput:

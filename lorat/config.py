@@ -13,8 +13,8 @@ from typing import Any, Literal
 import torch
 from transformers import TrainingArguments
 
-from .reference import Frozen, Hard, Soft, UpdateRule
-from .validation import check_config
+from .reference import Adaptive, Frozen, Hard, Soft, UpdateRule, preset
+from .validation import SYNC, check_config
 
 # transformers renamed gradient_checkpointing to activation_checkpointing; older versions lack the new name.
 _NAMES = {f.name for f in fields(TrainingArguments)}
@@ -74,13 +74,34 @@ class TrustRegionConfig(TrainingArguments):
     desirable_weight: float = _f("Method", 1.0, "KTO: weight of desirable completions.")
     undesirable_weight: float = _f("Method", 1.0, "KTO: weight of undesirable completions.")
 
-    sync: Literal["frozen", "soft", "hard"] = _f(
-        "Reference", "soft", "How the reference moves: not at all, by blending, or by copying."
+    sync: str = _f(
+        "Reference",
+        "soft",
+        "How the reference moves: frozen, soft (blend), hard (copy), adaptive (when the policy has gone far), or by name: "
+        "paper-soft, paper-hard, trl, lag-100 (any lag).",
     )
     sync_alpha: float | None = _f(
-        "Reference", None, "soft: share of the policy in each blend, ref = a*policy + (1-a)*ref. Unset: 0.6."
+        "Reference",
+        None,
+        "Share of the policy in each blend, ref = a*policy + (1-a)*ref. Unset: 0.6 (soft), 1 (adaptive: a copy).",
     )
-    sync_every: int | None = _f("Reference", None, "soft, hard: optimiser steps between updates. Unset: 512.")
+    sync_every: int | None = _f(
+        "Reference", None, "Optimiser steps between updates (adaptive: at least so many). Unset: 512, adaptive 32."
+    )
+    sync_limit: float | None = _f(
+        "Reference", None, "adaptive: move when reference/drift, nats a token, exceeds this (usual: 0.01 to 0.1)."
+    )
+    sync_distance: float | None = _f(
+        "Reference",
+        None,
+        "adaptive: move when the weights are further apart than this share of the policy's own change.",
+    )
+    sync_space: Literal["product", "factors"] | None = _f(
+        "Reference", None, "Blend what the adapters do (product), or their factors. Unset: product."
+    )
+    ref_rank: int | None = _f(
+        "Reference", None, "Rank of the reference; 2 * lora_r keeps blends closer to exact. Unset: lora_r."
+    )
     ref_adapter: str | None = _f("Reference", None, "Start the reference from this adapter, not from the policy.")
     save_reference: bool = _f("Reference", False, "Keep the final reference beside the policy, in ref/.")
 
@@ -126,14 +147,13 @@ class TrustRegionConfig(TrainingArguments):
             self.bf16 = bool(on_gpu and not self.fp16)
         if self.length_normalize is None:
             self.length_normalize = self.method == "ipo"
-        if self.sync == "soft" and self.sync_alpha is None:
-            self.sync_alpha = 0.6
-        if self.sync != "frozen" and self.sync_every is None:
-            self.sync_every = 512
+        self._resolve_sync()
         if getattr(self, CHECKPOINTING) is None and self.gradient_checkpointing is None:
             setattr(self, CHECKPOINTING, True)
-        if getattr(self, f"{CHECKPOINTING}_kwargs") is None and self.gradient_checkpointing_kwargs is None:
-            setattr(self, f"{CHECKPOINTING}_kwargs", {"use_reentrant": False})
+        name = f"{CHECKPOINTING}_kwargs"
+        if getattr(self, name) is None and self.gradient_checkpointing_kwargs is not None:
+            name = "gradient_checkpointing_kwargs"
+        setattr(self, name, {"use_reentrant": False, **(getattr(self, name) or {})})
         super().__post_init__()
 
     @property
@@ -161,8 +181,24 @@ class TrustRegionConfig(TrainingArguments):
         assert self.sync_every is not None
         if self.sync == "hard":
             return Hard(every=int(self.sync_every))
-        assert self.sync_alpha is not None
-        return Soft(alpha=float(self.sync_alpha), every=int(self.sync_every))
+        assert self.sync_alpha is not None and self.sync_space is not None
+        alpha, every = float(self.sync_alpha), int(self.sync_every)
+        if self.sync == "adaptive":
+            return Adaptive(self.sync_limit, self.sync_distance, every=every, alpha=alpha, space=self.sync_space)
+        return Soft(alpha=alpha, every=every, space=self.sync_space)
+
+    def _resolve_sync(self) -> None:
+        """A name of known settings becomes those settings; what is unset takes its default."""
+        if self.sync not in SYNC:
+            rule = preset(self.sync)
+            self.sync, self.sync_every = "hard" if rule.alpha == 1 else "soft", rule.every
+            self.sync_alpha = rule.alpha if self.sync == "soft" else None
+        if self.sync in ("soft", "adaptive"):
+            if self.sync_alpha is None:
+                self.sync_alpha = 0.6 if self.sync == "soft" else 1.0
+            self.sync_space = self.sync_space or "product"
+        if self.sync != "frozen" and self.sync_every is None:
+            self.sync_every = 32 if self.sync == "adaptive" else 512
 
     def own_fields(self) -> dict[str, Any]:
         """lorat's own settings as plain values, in declaration order."""

@@ -7,6 +7,7 @@ into decide memory alone. Several ranks go through the wrapper (DDP) that the Tr
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ from accelerate.utils import gather_object
 from peft import PeftModel
 from torch import Tensor, nn
 
-from .logprobs import Head, LogProbs, policy_and_reference
+from .logprobs import Head, LogProbs, per_completion, policy_and_reference, token_logprobs
 from .losses import kto_baseline
 from .objectives import Objective, Outcome, mismatched
 from .packing import Batch, Group, Packer
@@ -48,6 +49,7 @@ class Engine:
     packer: Packer
     args: TrustRegionConfig
     accelerator: Accelerator
+    autocast: Callable[[], AbstractContextManager[Any]]
 
     def groups(self, batch: Batch) -> list[Group]:
         """The batch's examples as prompts with their completions, without those that only fill it up."""
@@ -58,9 +60,18 @@ class Engine:
         return self.packer.split([self.objective.group(e) for e in batch.examples])
 
     def outcome(
-        self, wrapper: nn.Module, batch: Batch, indices: list[int], baseline: Baseline
+        self,
+        wrapper: nn.Module,
+        batch: Batch,
+        indices: list[int],
+        baseline: Baseline,
+        start: list[Tensor] | None = None,
     ) -> tuple[Outcome, Tensor]:
-        """Losses and metrics of the batch's examples `indices`, and their weights (n,)."""
+        """Losses and metrics of the batch's examples `indices`, and their weights (n,).
+
+        `start`: log-probs of each completion's tokens under the policy the run began with; rewards against it are then
+        among the metrics, as `start/rewards/…` and `start/drift`.
+        """
         examples = [batch.examples[i] for i in indices]
         z0, partners = baseline.z0, baseline.partners or [None] * len(batch)
         groups = self._joined(examples, [partners[i] for i in indices])
@@ -68,16 +79,37 @@ class Engine:
         if z0 is None:
             other = torch.tensor([k > 0 for _, cs in groups for k in range(len(cs))], device=lp.logps.device)
             z0 = self._mean(lp.logratios.detach()[other])
-            lp = LogProbs(*(x[~other] for x in lp))
+            mine = other.logical_not().repeat_interleave(lp.lengths)
+            lp = LogProbs(lp.logps[~other], lp.logratios[~other], lp.lengths[~other], lp.tokens[mine])
         weights = torch.tensor([batch.weights[i] for i in indices], device=self.args.device)
-        return self.objective.outcome(examples, lp, z0, self.args), weights
+        out = self.objective.outcome(examples, lp, z0, self.args)
+        if start is not None:
+            ratios = per_completion(lp.tokens - torch.cat(start).to(lp.tokens.device), lp.lengths.tolist())
+            other_out = self.objective.outcome(examples, lp._replace(logratios=ratios), z0, self.args)
+            out.metrics.update({f"start/{k}": v for k, v in other_out.metrics.items() if k.startswith("rewards/")})
+            out.metrics["start/drift"] = other_out.metrics["reference/drift"]
+        return out, weights
+
+    @torch.no_grad()
+    def token_logprobs(self, groups: list[Group]) -> list[Tensor]:
+        """Log-probs of each completion's tokens under the active adapter, pack by pack, in host memory."""
+        out: dict[int, Tensor] = {}
+        counts = [len(cs) for _, cs in groups]
+        firsts = [sum(counts[:i]) for i in range(len(counts))]
+        for indices in self.packer.split(groups):
+            pack = self.packer.pack([groups[i] for i in indices]).to(self.args.device)
+            with self.autocast():
+                tokens = token_logprobs(self.model, self.head, pack)
+            places = [firsts[i] + k for i in indices for k in range(counts[i])]
+            out.update(zip(places, tokens.cpu().split(pack.lengths), strict=True))
+        return [out[k] for k in sorted(out)]
 
     def logprobs(self, wrapper: nn.Module, groups: list[Group]) -> LogProbs:
         """Of every completion of `groups`, through one forward pass of each adapter."""
         pack = self.packer.pack(groups).to(self.args.device)
 
         def forward(*_: Any) -> LogProbs:
-            with self.accelerator.autocast():
+            with self.autocast():
                 return policy_and_reference(self.model, self.head, pack)
 
         return forward() if wrapper is self.model else through(wrapper, self.model, forward, pack.input_ids)

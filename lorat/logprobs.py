@@ -61,6 +61,7 @@ class LogProbs(NamedTuple):
     logps: Tensor  # (n,) log pi(y|x)
     logratios: Tensor  # (n,) log pi(y|x) - log ref(y|x), summed token by token
     lengths: Tensor  # (n,) completion tokens
+    tokens: Tensor  # (K,) log pi of every completion token, in the order of the completions
 
 
 def backbone(model: PeftModel) -> nn.Module:
@@ -93,7 +94,8 @@ def policy_and_reference(model: PeftModel, head: Head, pack: Pack) -> LogProbs:
         reference = token_logprobs(model, head, pack)
     policy = token_logprobs(model, head, pack)
     lengths = torch.tensor(pack.lengths, device=policy.device)
-    return LogProbs(per_completion(policy, pack.lengths), per_completion(policy - reference, pack.lengths), lengths)
+    ratios = per_completion(policy - reference, pack.lengths)
+    return LogProbs(per_completion(policy, pack.lengths), ratios, lengths, policy)
 
 
 @torch.no_grad()

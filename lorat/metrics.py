@@ -65,6 +65,8 @@ class Averages:
 
 def with_kto_margin(means: dict[str, float]) -> dict[str, float]:
     """Add `rewards/margins` as the difference of the two means where no pair gave it (KTO), as TRL does."""
-    if "rewards/margins" not in means and {"rewards/chosen", "rewards/rejected"} <= means.keys():
-        means["rewards/margins"] = means["rewards/chosen"] - means["rewards/rejected"]
+    for at in ("", "start/"):
+        chosen, rejected, margins = (f"{at}rewards/{kind}" for kind in ("chosen", "rejected", "margins"))
+        if margins not in means and {chosen, rejected} <= means.keys():
+            means[margins] = means[chosen] - means[rejected]
     return means

@@ -51,6 +51,9 @@ def write_model_card(folder: Path, trainer: CheckpointMixin) -> None:
     base = args.model_name_or_path or trainer.model.get_base_model().config._name_or_path or "the base model"
     moved = f"{rule.updates} update{'' if rule.updates == 1 else 's'}"
     reference = f"{args.sync}, alpha {rule.alpha:g} every {rule.every} steps, lag {rule.lag:.1f} steps, {moved}"
+    if rule.adaptive:
+        limits = ", ".join(f"{k} {v:g}" for k in ("sync_limit", "sync_distance") if (v := getattr(args, k)) is not None)
+        reference = f"adaptive, alpha {rule.alpha:g}, {limits}, at least {rule.every} steps apart, {moved}"
     method = {"dpo": "DPO", "ipo": "IPO", "kto": "KTO"}[args.method]
     start = f"adapter `{args.policy_adapter}`" if args.policy_adapter else "the base itself"
     start += f", reference from adapter `{args.ref_adapter}`" if args.ref_adapter else ""
@@ -63,7 +66,7 @@ def write_model_card(folder: Path, trainer: CheckpointMixin) -> None:
         quantised=quantised,
         start=start,
         method=("TR-" if rule.moves else "") + method,
-        sync={"frozen": "frozen", "soft": "softly moving", "hard": "hard-updated"}[args.sync],
+        sync={"frozen": "frozen", "soft": "softly moving", "hard": "hard-updated", "adaptive": "adaptive"}[args.sync],
         data=f"`{data}`, split `{args.dataset_split}`" if args.dataset_name else data,
         beta=args.beta,
         reference=reference if rule.moves else "frozen at the start",

@@ -53,6 +53,16 @@ def kto_group(e: Example) -> Group:
     return e["prompt_ids"], [e["completion_ids"]]
 
 
+def movement(logratios: Tensor, lengths: Tensor, bind: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    """How far the policy is from its reference, for n examples of k completions each: `(n, k)`, `(n, k)`, `(n,)`.
+
+    `reference/drift`: sum of |log-ratio| over completions by their tokens, in nats a token; `reference/bind`: as given.
+    """
+    tokens = lengths.sum(1).double()
+    drift = logratios.detach().abs().sum(1) / tokens
+    return {"reference/drift": (drift, tokens), "reference/bind": (bind.detach().abs(), torch.ones_like(bind))}
+
+
 def pair_outcome(examples: Sequence[Example], lp: LogProbs, z0: Tensor, args: TrustRegionConfig) -> Outcome:
     """DPO or IPO of n pairs from 2n completions, chosen and rejected alternating."""
     chosen, rejected = lp.logratios[0::2], lp.logratios[1::2]
@@ -80,7 +90,9 @@ def pair_outcome(examples: Sequence[Example], lp: LogProbs, z0: Tensor, args: Tr
         "logps/rejected": lp.logps[1::2],
     }
     one = torch.ones_like(margins)
-    return Outcome(out.losses, {name: (v.detach(), one) for name, v in values.items()})
+    metrics = {name: (v.detach(), one) for name, v in values.items()}
+    metrics |= movement(lp.logratios.view(-1, 2), lp.lengths.view(-1, 2), margins)
+    return Outcome(out.losses, metrics)
 
 
 def kto_outcome(examples: Sequence[Example], lp: LogProbs, z0: Tensor, args: TrustRegionConfig) -> Outcome:
@@ -98,6 +110,7 @@ def kto_outcome(examples: Sequence[Example], lp: LogProbs, z0: Tensor, args: Tru
     for kind, chosen in (("chosen", labels), ("rejected", ~labels)):
         metrics[f"rewards/{kind}"] = (out.rewards, chosen.float())
         metrics[f"logps/{kind}"] = (lp.logps.detach(), chosen.float())
+    metrics |= movement(lp.logratios[:, None], lp.lengths[:, None], out.rewards)
     return Outcome(out.losses, metrics)
 
 

@@ -3,17 +3,15 @@
 transformers' `Trainer` runs the loop, the optimiser, the schedule, logging and several GPUs. lorat adds what
 a moving reference needs: a device batch is the statistical unit and is split into packs by a token budget;
 the loss of an optimiser step is the mean over its examples, whatever the packs, the accumulation or the
-ranks; the reference moves after the step. Checkpoints are in `trainer_checkpoint.py`.
+ranks; the reference moves after the step. The step, evaluation and checkpoints are in `trainer_*.py`.
 """
 
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
@@ -22,33 +20,26 @@ from transformers import ProgressCallback as PlainProgressCallback
 
 from .adapters import attach, lora_config, record_base_, train_policy_only_
 from .base import check_fit, load_base, load_tokenizer
-from .callbacks import ProgressCallback, ReferenceCallback, SignalCallback, Throughput, opening_lines
-from .checkpoint import last_whole
+from .callbacks import ProgressCallback, SignalCallback, Throughput
 from .config import TrustRegionConfig
 from .data import DataReport, check_budget, extent, prepare
-from .engine import Baseline, Engine
-from .errors import ConfigError, NonFiniteError
+from .engine import Engine
+from .errors import ConfigError
+from .fused import fuse_, native
 from .logprobs import Head, check_head
 from .metrics import Averages
-from .objectives import Outcome, objective
-from .packing import Batch, Packer, collate
+from .movement import ReferenceCallback, opening_lines
+from .objectives import objective
+from .packing import Packer, collate
 from .probe import why_not
 from .reference import POLICY, adapter_parameters, distance, snapshot
 from .tokenization import check_tokenizer
 from .trainer_checkpoint import CheckpointMixin
 from .trainer_evaluation import EvaluationMixin
+from .trainer_step import Step, StepMixin
 
 
-@dataclass
-class Step:
-    """An optimiser step in progress: its batches on this rank, and the number of its examples on all ranks."""
-
-    batches: list[Batch]
-    count: float
-    baseline: Baseline | None = None
-
-
-class TrustRegionTrainer(CheckpointMixin, EvaluationMixin, Trainer):
+class TrustRegionTrainer(StepMixin, CheckpointMixin, EvaluationMixin, Trainer):
     """Trains a LoRA policy on preference data against a reference that moves: TR-DPO, TR-IPO, TR-KTO.
 
     `model`: a name, a base model, or a `PeftModel` whose adapter `default` is the policy. `args`: a
@@ -89,8 +80,10 @@ class TrustRegionTrainer(CheckpointMixin, EvaluationMixin, Trainer):
             peft_config if peft_config is not None else lora_config(args),
             policy_adapter=args.policy_adapter,
             ref_adapter=args.ref_adapter,
+            ref_rank=args.ref_rank,
             check_base=args.check_adapter_base,
         )
+        fused = fuse_(model)
         held_out = eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset}
         data = {f"eval_{k}" if k else "eval": d for k, d in held_out.items()} | {"train": train_dataset}
         data = {name: d for name, d in data.items() if d is not None}
@@ -107,6 +100,7 @@ class TrustRegionTrainer(CheckpointMixin, EvaluationMixin, Trainer):
         self.averages, self.eval_averages = Averages(), Averages()
         self.tokens = Throughput()
         self.separate: str | None = None  # why prompts are not shared
+        self._start_cache: dict[bytes, list[Tensor]] = {}
         self._step: Step | None = None
         self._suspects: list[tuple[list[int], Tensor]] = []
         super().__init__(
@@ -121,11 +115,13 @@ class TrustRegionTrainer(CheckpointMixin, EvaluationMixin, Trainer):
         )
         head = Head.of(self.model)
         check_head(self.model, head, args.device)
+        by_itself = args.bf16 and fused and native(self.model, torch.bfloat16)  # it computes in bf16 by itself
+        self._autocast = contextlib.nullcontext if by_itself else self.accelerator.autocast
         shared = self._can_share(head, longest)
         for name, dataset in data.items():
             check_budget(dataset, args.max_tokens_per_pack, shared, name)
         packer = Packer(shared, args.max_tokens_per_pack, check_tokenizer(tokenizer))
-        self.engine = Engine(self.model, head, objective(args.method), packer, args, self.accelerator)
+        self.engine = Engine(self.model, head, objective(args.method), packer, args, self.accelerator, self._autocast)
         self.start = snapshot(self.model, POLICY)
         for plain in (PlainProgressCallback, PrinterCallback):
             self.remove_callback(plain)
@@ -152,7 +148,7 @@ class TrustRegionTrainer(CheckpointMixin, EvaluationMixin, Trainer):
         """Whether packs share prompts: as `prefix_sharing` says, or as the probe finds."""
         if self.args.prefix_sharing is False:
             return False
-        self.separate = why_not(self.model, head, self.args.device, longest, self.accelerator.autocast)
+        self.separate = why_not(self.model, head, self.args.device, longest, self._autocast)
         if self.separate and self.args.prefix_sharing:
             name = type(self.model.get_base_model()).__name__
             raise ConfigError(
@@ -179,85 +175,6 @@ class TrustRegionTrainer(CheckpointMixin, EvaluationMixin, Trainer):
             lines.append(f"Packs: one padded row a completion, since this model cannot share prompts: {self.separate}.")
         return lines
 
-    # ---- an optimiser step ----
-
-    def get_batch_samples(self, epoch_iterator, num_batches, device):
-        samples, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        batches = [s["batch"] for s in samples]
-        self._leave_out_filler(batches)
-        count = torch.tensor(float(sum(sum(b.weights) for b in batches)), device=self.args.device)
-        self._step = Step(batches, self.engine.summed(count).item())
-        return samples, None
-
-    def _leave_out_filler(self, batches: list[Batch]) -> None:
-        """Weight 0 for the examples that accelerate repeats to give every rank a full last batch."""
-        at_end = self.accelerator.gradient_state.end_of_dataloader
-        if self.args.world_size == 1 or not batches or not at_end or self.args.dataloader_drop_last:
-            return
-        # accelerate's own `remainder` is missing in the epoch that a resumed run goes on with
-        remainder = len(self.train_dataset) % (self.args.per_device_train_batch_size * self.args.world_size)
-        if not remainder:
-            return
-        last = batches[-1]
-        real = min(max(remainder - self.args.process_index * len(last), 0), len(last))
-        last.weights = [1.0] * real + [0.0] * (len(last) - real)
-
-    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch=None) -> Tensor:
-        """Backpropagate a device batch, pack by pack; returns its share of the step's mean loss."""
-        model.train()
-        if callable(into_train_mode := getattr(self.optimizer, "train", None)):
-            into_train_mode()  # schedule-free optimisers
-        step, batch = self._step, inputs["batch"]
-        assert step is not None, "get_batch_samples comes first"
-        if step.baseline is None:
-            step.baseline = self.engine.baseline(step.batches)
-            self.tokens.local += step.baseline.tokens
-            self._suspects.clear()
-        self.tokens.local += self.engine.packer.tokens(self.engine.groups(batch))
-        packs = self.engine.packs(batch)
-        total = torch.zeros((), device=self.args.device)
-        for i, indices in enumerate(packs):
-            sync = contextlib.nullcontext() if i == len(packs) - 1 else self.accelerator.no_sync(model)
-            with sync:
-                out, weights = self.engine.outcome(model, batch, indices, step.baseline)
-                # DDP averages gradients over ranks, the Trainer averages losses: both want the sum.
-                loss = (out.losses * weights).sum() * (self.args.world_size / step.count)
-                self.accelerator.backward(loss)
-            total += loss.detach()
-            self._suspects.append(([batch.examples[j]["row"] for j in indices], out.losses.detach()))
-            self._record(self.averages, out, weights)
-        return total
-
-    def _get_grad_norm(self, model: nn.Module, grad_norm=None):
-        """The gradient norm, and the gate before the optimiser: nothing non-finite passes."""
-        grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        rows = [row for rows, _ in self._suspects for row in rows]
-        finite = torch.cat([values for _, values in self._suspects]).isfinite().tolist()  # one wait for the device
-        bad = [row for row, ok in zip(rows, finite, strict=True) if not ok]
-        lost = self.engine.summed(torch.tensor(float(len(bad)))).item() > 0
-        if lost or not (self.args.fp16 or torch.isfinite(torch.as_tensor(grad_norm)).item()):
-            rows = bad if lost else rows
-            rows = gather_object(rows) if self.args.world_size > 1 else rows
-            what = "loss" if lost else f"gradient (norm {float(grad_norm)})"
-            last, _ = last_whole(self.run_dir)
-            advice = "Start again"
-            if last is not None:
-                advice = f"Start a new run from {last.name} (policy_adapter: {last}, ref_adapter: {last / 'ref'})"
-            raise NonFiniteError(
-                f"step {self.state.global_step + 1}: the {what} is not finite, for dataset rows {rows[:16]}"
-                f"{' …' if len(rows) > 16 else ''}. The run stopped before the policy, the reference or a checkpoint "
-                f"could take it in. {advice} in another output_dir, without those rows, with a lower learning_rate or a "
-                "lower max_grad_norm."
-            )
-        return grad_norm
-
-    def _record(self, averages: Averages, out: Outcome, weights: Tensor) -> None:
-        averages.add("loss", out.losses, weights)
-        for name, (values, own) in out.metrics.items():
-            averages.add(name, values, own * weights)
-
-    # ---- logs and evaluation ----
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add lorat's metrics to a training log, averaged over the examples since the last one."""
         if "loss" in logs:
@@ -266,6 +183,8 @@ class TrustRegionTrainer(CheckpointMixin, EvaluationMixin, Trainer):
             logs["reference/updates"] = self.rule.updates
             logs["reference/lag"] = self.rule.age
             logs["reference/distance"] = distance(self.model)
+            if self.rule.error is not None:
+                logs["reference/error"] = self.rule.error.item()
             logs["start/distance"] = distance(self.model, POLICY, self.start)
             logs["num_tokens"], logs["tokens_per_second"] = self.tokens.lap(self.engine.summed)
         super().log(logs, start_time)

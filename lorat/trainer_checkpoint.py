@@ -47,6 +47,7 @@ class CheckpointMixin(Trainer):
     signals: SignalCallback
     progress: ProgressCallback
     start: dict[str, Tensor]
+    _start_cache: dict[bytes, list[Tensor]]
     identity: dict[str, Any]
     _staging = False
     unsaved = False
@@ -143,7 +144,13 @@ class CheckpointMixin(Trainer):
         try:
             super()._save_checkpoint(model, trial)
             if self.args.should_save:
-                state = {"rule": self.rule.state_dict(), "averages": averages, "tokens": [self.tokens.total, pending]}
+                state: dict[str, Any] = {
+                    "rule": self.rule.state_dict(),
+                    "averages": averages,
+                    "tokens": [self.tokens.total, pending],
+                }
+                if self.rule.error is not None:  # of the last blend, for the log
+                    state["error"] = self.rule.error.item()
                 ck.write_json(staged / ck.STATE, {**state, "run": self.identity})
                 if self.state.best_model_checkpoint:
                     best = Path(self.state.best_model_checkpoint).name
@@ -224,10 +231,13 @@ class CheckpointMixin(Trainer):
         if (folder.parent / ck.START).is_dir():
             load_adapter_(target, folder.parent / ck.START, POLICY)
             self.start = snapshot(target, POLICY)
+            self._start_cache.clear()
         load_adapter_(target, folder, POLICY)
         load_adapter_(target, folder / REFERENCE, REFERENCE)
         train_policy_only_(target)
         self.rule.load_state_dict(saved["rule"])
+        if "error" in saved:
+            self.rule.error = torch.tensor(saved["error"], dtype=torch.float64)
         first = self.args.process_index == 0  # sums over ranks go on from rank 0
         averages = {k: v if first else [0.0, 0.0] for k, v in saved["averages"].items()}
         self.averages.load_state_dict(averages, self.args.device)

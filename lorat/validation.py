@@ -6,21 +6,26 @@ Only fields are looked at; whether files exist or a model fits its adapter is fo
 
 from __future__ import annotations
 
+import difflib
 import math
 from typing import TYPE_CHECKING, Any
 
 from .errors import ConfigError
+from .reference import PRESETS, preset
 
 if TYPE_CHECKING:
     from .config import TrustRegionConfig
 
 CHOICES = {
     "method": ("dpo", "ipo", "kto"),
-    "sync": ("frozen", "soft", "hard"),
+    "sync_space": (None, "product", "factors"),
     "overlong": ("truncate", "drop"),
     "dtype": ("auto", "bfloat16", "float16", "float32"),
     "bnb_4bit_quant_type": ("nf4", "fp4"),
 }
+
+
+SYNC = ("frozen", "soft", "hard", "adaptive")
 
 
 def check_config(config: TrustRegionConfig) -> None:
@@ -39,7 +44,7 @@ def _number(value: Any) -> bool:
 def _choices(c: TrustRegionConfig):
     for name, allowed in CHOICES.items():
         if getattr(c, name) not in allowed:
-            yield f"{name}={getattr(c, name)!r} is not known; set one of: {', '.join(allowed)}."
+            yield f"{name}={getattr(c, name)!r} is not known; set one of: {', '.join(a for a in allowed if a)}."
 
 
 def _method(c: TrustRegionConfig):
@@ -80,12 +85,44 @@ def _reference(c: TrustRegionConfig):
             f"sync_every={c.sync_every} is not a number of optimiser steps; "
             "set a whole number of at least 1 (or sync: frozen, to never move the reference)."
         )
-    if c.sync == "frozen":
-        for name in ("sync_alpha", "sync_every"):
-            if getattr(c, name) is not None:
-                yield f"{name}={getattr(c, name)} moves a reference that sync=frozen holds still; remove one of them."
+    named = c.sync not in SYNC
+    if named:
+        try:
+            preset(c.sync)
+        except (ValueError, TypeError):
+            known = [*SYNC, *(name for name in PRESETS if name not in SYNC)]
+            near = difflib.get_close_matches(str(c.sync), known, 1)
+            yield (
+                f"sync={c.sync!r} is not known{f'; did you mean {near[0]}?' if near else ''}; "
+                f"set one of: {', '.join(known)} (lag-100, say)."
+            )
+            named = False
+    for name in ("sync_alpha", "sync_every"):
+        if getattr(c, name) is None:
+            continue
+        if c.sync == "frozen":
+            yield f"{name}={getattr(c, name)} moves a reference that sync=frozen holds still; remove one of them."
+        if named:
+            yield f"sync={c.sync} sets {name} itself, and {name}={getattr(c, name)} sets it again; remove one of them."
     if c.sync == "hard" and c.sync_alpha not in (None, 1, 1.0):
         yield f"sync=hard copies the policy, sync_alpha={c.sync_alpha} asks for a blend; set sync: soft or remove it."
+    for name in ("sync_limit", "sync_distance"):
+        value = getattr(c, name)
+        if value is not None and (not _number(value) or value < 0):
+            yield f"{name}={value} is no limit; set a number of at least 0 (usual: 0.01 to 0.1 nats a token)."
+        if value is not None and c.sync != "adaptive":
+            yield f"{name}={value} belongs to sync: adaptive, sync is {c.sync}; remove one of them."
+    if c.sync == "adaptive" and c.sync_limit is None and c.sync_distance is None:
+        yield (
+            "sync=adaptive has no limit, so the reference would never move; set sync_limit (nats a token, e.g. 0.03) or "
+            "sync_distance (e.g. 0.5)."
+        )
+    if c.sync == "adaptive" and c.sync_alpha == 0:
+        yield "sync=adaptive with sync_alpha=0 would never move the reference; set sync: frozen, or a share above 0."
+    if c.sync_space is not None and c.sync in ("frozen", "hard"):
+        yield f"sync_space={c.sync_space} says how to blend, sync={c.sync} never does; remove one of them."
+    if c.ref_rank is not None and (not _number(c.ref_rank) or c.ref_rank % 1 or c.ref_rank < (c.lora_r or 1)):
+        yield f"ref_rank={c.ref_rank} cannot hold a policy of lora_r={c.lora_r}; set a whole number from there on."
 
 
 def _adapter(c: TrustRegionConfig):

@@ -87,7 +87,7 @@ def test_a_16_bit_adapter_gets_float32_masters(neox, tmp_path):
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        ({"r": 8}, ["(8, 64)", "(4, 64)", "same rank"]),
+        ({"r": 2}, ["(2, 64)", "(4, 64)", "same rank"]),
         ({"target_modules": ["dense"]}, ["only in 'default'", "query_key_value"]),
     ],
 )
@@ -98,6 +98,27 @@ def test_a_reference_of_another_shape_is_refused(neox, tmp_path, config, words):
         attach(base(neox, tmp_path), mine, ref_adapter=other)
     for word in [*words, other]:
         assert word in str(error.value)
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_a_wider_reference_starts_as_an_exact_copy(neox, tmp_path, rslora):
+    """Rank 12 for 4, the same scale: ΔW bit for bit, zeros beyond; a wider adapter that is given is taken as it is."""
+    mine = LoraConfig(r=4, lora_alpha=8, target_modules=["dense"], use_rslora=rslora)
+    model = attach(base(neox, tmp_path), mine, ref_rank=12)
+    policy, reference = (adapter_parameters(model, name) for name in ("default", "ref"))
+    for name, p in policy.items():
+        head, tail = (reference[name][:4], reference[name][4:]) if "lora_A" in name else (reference[name][:, :4], 0)
+        assert torch.equal(head, p), name
+        assert not torch.as_tensor(tail).any() and reference[name].shape != p.shape
+    scales = {
+        m.scaling["default"] / m.scaling["ref"] for m in model.modules() if isinstance(getattr(m, "scaling", 0), dict)
+    }
+    assert all(s == pytest.approx(1, rel=1e-12) for s in scales)
+    with pytest.raises(ModelError, match="ref_rank=2 cannot"):
+        attach(base(neox, tmp_path), mine, ref_rank=2)
+    wide = saved_adapter(neox, tmp_path / "wide", r=8)
+    given = attach(base(neox, tmp_path), LoraConfig(r=4, target_modules=["query_key_value", "dense"]), ref_adapter=wide)
+    assert {p.shape[0] for n, p in adapter_parameters(given, "ref").items() if "lora_A" in n} == {8}
 
 
 def test_an_adapter_for_another_base_is_refused_unless_asked(neox, tmp_path):

@@ -22,7 +22,19 @@ def make(**values) -> TrustRegionConfig:
 # What cannot be set, and words that its message must hold: what was given, and what to set instead.
 CONTRADICTIONS = [
     ({"method": "ppo"}, ["method='ppo'", "dpo, ipo, kto"]),
-    ({"sync": "sfot"}, ["sync='sfot'", "frozen, soft, hard"]),
+    ({"sync": "sfot"}, ["sync='sfot'", "did you mean soft?", "frozen, soft, hard, adaptive, paper-soft"]),
+    ({"sync": "lag-0"}, ["sync='lag-0'", "lag-100"]),
+    ({"sync": "trl", "sync_alpha": 0.5}, ["sync=trl sets sync_alpha itself", "sync_alpha=0.5", "remove one"]),
+    ({"sync": "lag-100", "sync_every": 8}, ["sync=lag-100 sets sync_every itself", "remove one"]),
+    ({"sync": "adaptive"}, ["sync=adaptive has no limit", "sync_limit", "sync_distance"]),
+    ({"sync": "adaptive", "sync_limit": -0.1}, ["sync_limit=-0.1", "at least 0"]),
+    ({"sync": "adaptive", "sync_distance": math.inf}, ["sync_distance=inf", "at least 0"]),
+    ({"sync": "adaptive", "sync_limit": 0.1, "sync_alpha": 0}, ["sync_alpha=0", "sync: frozen"]),
+    ({"sync": "soft", "sync_limit": 0.1}, ["sync_limit=0.1 belongs to sync: adaptive", "sync is soft"]),
+    ({"sync": "hard", "sync_space": "factors"}, ["sync_space=factors", "sync=hard"]),
+    ({"sync_space": "factor"}, ["sync_space='factor'", "product, factors"]),
+    ({"ref_rank": 8}, ["ref_rank=8", "lora_r=16"]),
+    ({"ref_rank": 17.5}, ["ref_rank=17.5", "whole number"]),
     ({"overlong": "cut"}, ["overlong='cut'", "truncate, drop"]),
     ({"dtype": "int8"}, ["dtype='int8'", "bfloat16"]),
     ({"bnb_4bit_quant_type": "nf3"}, ["'nf3'", "nf4, fp4"]),
@@ -149,12 +161,28 @@ def test_length_normalize_by_method(method, given, expected):
         ({"sync": "hard", "sync_every": 7}, (None, 7)),
         ({"sync": "soft", "sync_every": 7}, (0.6, 7)),
         ({"sync": "soft", "sync_alpha": 0.0}, (0.0, 512)),
+        ({"sync": "adaptive", "sync_limit": 0.1}, (1.0, 32)),
+        ({"sync": "adaptive", "sync_distance": 0.5, "sync_alpha": 0.3, "sync_every": 4}, (0.3, 4)),
+        ({"sync": "paper-soft"}, (0.6, 1)),
+        ({"sync": "paper-hard"}, (None, 512)),
+        ({"sync": "trl"}, (0.6, 512)),
+        ({"sync": "lag-100"}, (0.6, 86)),  # 86 * 7/6 - 1/2 = 99.8
     ],
     ids=str,
 )
 def test_sync_defaults(values, expected):
     config = make(**values)
     assert (config.sync_alpha, config.sync_every) == expected
+
+
+def test_a_named_reference_is_the_settings_it_stands_for():
+    """So that a resumed run may say either."""
+    named, spelt = make(sync="lag-100"), make(sync="soft", sync_alpha=0.6, sync_every=86)
+    assert named.own_fields() == spelt.own_fields() and named.sync == "soft" and named.sync_space == "product"
+    assert make(sync="paper-hard").sync == "hard"
+    rule = make(sync="adaptive", sync_limit=0.1, sync_distance=0.5, sync_alpha=0.3, sync_every=4).update_rule()
+    assert (rule.drift_limit, rule.distance_limit, rule.alpha, rule.every, rule.adaptive) == (0.1, 0.5, 0.3, 4, True)
+    assert make(sync_space="factors").update_rule().space == "factors"
 
 
 @pytest.mark.parametrize("name", ["gradient_checkpointing", "activation_checkpointing"])

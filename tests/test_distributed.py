@@ -17,6 +17,8 @@ REFERENCE = (
     "reference/updates",
     "reference/lag",
     "reference/distance",
+    "reference/drift",
+    "reference/bind",
     "start/distance",
     "num_tokens",
     "learning_rate",
@@ -50,15 +52,40 @@ def test_two_ranks_take_the_steps_of_one(neox, tmp_path, method):
             if name in mine:
                 assert theirs[name] == pytest.approx(mine[name], rel=2e-4, abs=2e-5), (name, mine["step"])
     assert any(abs(h["rewards/margins"]) > 0.01 for h in one["history"])
-    for kind in ("policy", "reference"):
-        for name, tensor in one[kind].items():
-            torch.testing.assert_close(ranks[0][kind][name], tensor, rtol=0, atol=2e-5, msg=f"{kind} {name}")
+    for name, tensor in one["policy"].items():
+        # Adam divides by |g|, so an element whose gradient is next to nothing turns rounding into a share of a step
+        apart = ranks[0]["policy"][name] - tensor
+        assert apart.norm() < 1e-4 * tensor.norm() and apart.abs().max() < 0.1 * 1e-3, name
+    for name in one["reference"]:
+        if "lora_A" in name:  # what the reference does; its factors are those of a decomposition
+            mine, theirs = (
+                r["reference"][name.replace("lora_A", "lora_B")] @ r["reference"][name] for r in (one, ranks[0])
+            )
+            assert (mine - theirs).norm() < 1e-4 * mine.norm(), name
     for name, value in one["metrics"].items():
         if name == "eval_loss" or "/" in name:
             if method == "kto" and name != "eval_logps/chosen":
                 continue  # KTO's z0 at evaluation is that of a batch, and two ranks make another batch
             assert ranks[0]["metrics"][name] == pytest.approx(value, rel=1e-3, abs=1e-4), name
     assert Path(tmp_path / "two" / "lorat_run.json").is_file()
+
+
+@pytest.mark.parametrize("method", ["dpo", "kto"])
+def test_two_ranks_decide_as_one_when_to_move(neox, tmp_path, method):
+    """The drift is that of all ranks: the same adaptive decisions on both, and in one process."""
+    changes = {"method": method, "learning_rate": 3e-3, "sync": "adaptive", "sync_limit": 0.02, "sync_every": 1}
+    changes |= {"sync_alpha": 0.7, "logging_steps": 1}
+    ranks = torchrun("run", neox, tmp_path / "two", changes)
+    assert ranks[0]["rule"] == ranks[1]["rule"]
+    for name, tensor in ranks[0]["reference"].items():
+        assert torch.equal(tensor, ranks[1]["reference"][name]), name
+    one = two_ranks.results(*two_ranks.run(neox, str(tmp_path / "one"), 4, **changes))
+    journals = [(tmp_path / run / "reference.jsonl").read_text().splitlines() for run in ("one", "two")]
+    mine, theirs = ([json.loads(line) for line in lines] for lines in journals)
+    decided = lambda lines: [(x["step"], x["moved"], x["reason"]) for x in lines]  # noqa: E731
+    assert decided(mine) == decided(theirs) and {x["moved"] for x in mine} == {True, False}
+    assert [x["drift"] for x in theirs] == pytest.approx([x["drift"] for x in mine], rel=1e-3)
+    assert one["rule"]["updates"] == ranks[0]["rule"]["updates"] > 0
 
 
 @pytest.mark.parametrize("method", ["dpo", "kto"])

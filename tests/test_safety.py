@@ -20,9 +20,9 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 from lorat import checkpoint as ck
 from lorat.adapters import attach, using_reference
 from lorat.base import load_base, load_tokenizer
-from lorat.callbacks import opening_lines
 from lorat.errors import CheckpointError, ConfigError, ModelError, NonFiniteError
 from lorat.logprobs import token_logprobs
+from lorat.movement import opening_lines
 from lorat.packing import collate, pad_rows
 from lorat.reference import Frozen, Hard, Soft, adapter_parameters, copy_, snapshot
 from lorat.trainer import TrustRegionTrainer

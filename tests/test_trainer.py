@@ -111,8 +111,9 @@ class Recorder:
 def test_a_soft_reference_follows_the_closed_form_through_a_real_run(neox, tmp_path, alpha, every):
     seen = Recorder()
     trainer = trainer_for(
-        neox, tmp_path / "run", make_pairs(48), sync="soft", sync_alpha=alpha, sync_every=every, callbacks=[seen]
-    )
+        neox, tmp_path / "run", make_pairs(48), sync="soft", sync_alpha=alpha, sync_every=every, callbacks=[seen],
+        sync_space="factors",
+    )  # fmt: skip
     start = snapshot(trainer.model, "default")
     trainer.train()
     assert len(seen.policies) == 12
@@ -122,6 +123,28 @@ def test_a_soft_reference_follows_the_closed_form_through_a_real_run(neox, tmp_p
             if k % every == 0:
                 expected = alpha * policy[name].double() + (1 - alpha) * expected
         torch.testing.assert_close(reference.detach().double(), expected, rtol=0, atol=1e-6)
+
+
+def test_a_soft_reference_in_product_space_follows_the_dense_one(neox, tmp_path):
+    """ΔW of the reference against float64, with room for the rank of all blends: 4 at the start and 4 by each."""
+    seen = Recorder()
+    trainer = trainer_for(
+        neox, tmp_path / "run", make_pairs(24), sync="soft", sync_alpha=0.3, sync_every=2, callbacks=[seen],
+        ref_rank=16, learning_rate=1e-2,
+    )  # fmt: skip
+    assert {p.shape[0] for n, p in adapter_parameters(trainer.model, "ref").items() if "lora_A" in n} == {16}
+    before = snapshot(trainer.model, "default")
+    change = lambda s, n: s[n.replace("lora_A", "lora_B")].double() @ s[n].double()  # noqa: E731
+    names = [n for n in before if "lora_A" in n]
+    expected = {n: change(before, n) for n in names}
+    trainer.train()
+    assert len(seen.policies) == 6
+    for policy in seen.policies[1::2]:
+        expected = {n: 0.3 * change(policy, n) + 0.7 * expected[n] for n in names}
+    reference = snapshot(trainer.model, "ref")
+    for name in names:
+        gap = (change(reference, name) - expected[name]).norm() / expected[name].norm()
+        assert gap < 1e-5, (name, gap)
 
 
 @pytest.mark.parametrize(

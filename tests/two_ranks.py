@@ -68,7 +68,7 @@ def signalled(model: str, out: str, per_device: int, **changes):
     import os
     import signal
 
-    from lorat.callbacks import ReferenceCallback
+    from lorat.movement import ReferenceCallback
 
     move = ReferenceCallback.on_step_end
 
