@@ -69,9 +69,43 @@ def load_base(config: TrustRegionConfig) -> PreTrainedModel:
             "folder or hub repository must hold model.safetensors (or its shards). Convert a pickled "
             "pytorch_model.bin once with model.save_pretrained(...), or choose another model."
         ) from error
+    if config.quantize_embeddings:
+        quantize_embeddings_(model, config.quantize_embeddings)
     model.requires_grad_(False)
     keep_trainable_on_cpu_(model)
     return model
+
+
+def quantize_embeddings_(model: Any, kind: str) -> None:
+    """Hold the input embeddings in "8bit" (a row's own scale) or "4bit" (NF4); `ModelError` where that saves nothing."""
+    import bitsandbytes as bnb
+
+    table, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if type(table) is not nn.Embedding:
+        raise ModelError(
+            f"quantize_embeddings={kind}: the embeddings are a {type(table).__name__}, which may do more than look up "
+            "rows; leave it out."
+        )
+    if head is not None and head.weight is table.weight:
+        raise ModelError(
+            f"quantize_embeddings={kind}: embeddings and head are one matrix here, and the head stays as it is, so "
+            "nothing would be saved; leave it out."
+        )
+    n, width, dtype, device = *table.weight.shape, table.weight.dtype, table.weight.device
+    made = bnb.nn.Embedding8bit(n, width, dtype=dtype) if kind == "8bit" else bnb.nn.EmbeddingNF4(n, width, dtype=dtype)
+    made.load_state_dict({"weight": table.weight.detach().cpu()})
+    made = made.to(device)
+    made._save_to_state_dict = lambda *_: None  # bitsandbytes refuses; adapters are saved, the frozen table is not
+    model.set_input_embeddings(made)
+
+
+@torch.no_grad()
+def plain_embeddings_(model: Any) -> None:
+    """Undo `quantize_embeddings_`, up to the rounding: an ordinary table of the rows as they are looked up."""
+    table = model.get_input_embeddings()
+    if type(table) is not nn.Embedding and hasattr(table, "num_embeddings"):
+        rows = table(torch.arange(table.num_embeddings, device=table.weight.device))
+        model.set_input_embeddings(nn.Embedding.from_pretrained(rows, freeze=True))
 
 
 def keep_trainable_on_cpu_(model: nn.Module) -> None:
@@ -105,7 +139,7 @@ def check_fit(base: Any, greatest: int, longest: int) -> None:
 
     `greatest`: the greatest token id; `longest`: tokens of the longest row. Rotary positions have no table.
     """
-    known = base.get_input_embeddings().weight.shape[0]
+    known = base.get_input_embeddings().num_embeddings  # its weight may be packed
     if greatest >= known:
         raise ModelError(
             f"the data holds token {greatest}, the model knows {known} tokens: this tokenizer is not the model's. "

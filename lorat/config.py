@@ -50,6 +50,9 @@ class TrustRegionConfig(TrainingArguments):
     load_in_4bit: bool = _f("Model", True, "Load the base in 4-bit with bitsandbytes.")
     bnb_4bit_quant_type: Literal["nf4", "fp4"] = _f("Model", "nf4", "4-bit data type.")
     bnb_4bit_use_double_quant: bool = _f("Model", True, "Quantise the quantisation constants too (saves 0.37 bit).")
+    quantize_embeddings: Literal["8bit", "4bit"] | None = _f(
+        "Model", None, "Hold the input embeddings in 8 or 4 bits, where they are not the head's as well."
+    )
 
     dataset_name: str | None = _f(
         "Data", None, "A hub id, a folder, or a JSON, JSONL, CSV, TSV or Parquet file (.gz too)."

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from . import checkpoint as ck
 from .adapters import adapter_folder
-from .base import load_base
+from .base import load_base, plain_embeddings_
 from .config import TrustRegionConfig
 from .errors import CheckpointError, ConfigError, ModelError
 
@@ -88,6 +88,7 @@ def merge(
     before = _token_logprobs(with_adapter, rows)
     if base == "dequantized" and trained.load_in_4bit:
         model = with_adapter.unload().dequantize()
+        plain_embeddings_(model)
     else:
         del with_adapter, model
         model = AutoModelForCausalLM.from_pretrained(
@@ -116,7 +117,14 @@ def _trained_config(folder: Path, name: str) -> TrustRegionConfig:
         saved = ck.read_json(folder / ck.STATE)["run"]
     elif (folder / ck.RUN).is_file():
         saved = ck.read_json(folder / ck.RUN)
-    keys = ("load_in_4bit", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "dtype", "model_revision")
+    keys: tuple[str, ...] = (
+        "load_in_4bit",
+        "bnb_4bit_quant_type",
+        "bnb_4bit_use_double_quant",
+        "dtype",
+        "model_revision",
+    )
+    keys += ("quantize_embeddings",)
     kept = {k: saved[k] for k in keys if k in saved}
     if kept.get("dtype", "auto") == "auto" and saved:
         kept["dtype"] = "bfloat16" if saved.get("bf16") else "float16" if saved.get("fp16") else "float32"

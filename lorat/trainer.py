@@ -33,6 +33,7 @@ from .objectives import objective
 from .packing import Packer, collate
 from .probe import why_not
 from .reference import POLICY, adapter_parameters, distance, snapshot
+from .rehearsal import RehearsalCallback
 from .tokenization import check_tokenizer
 from .trainer_checkpoint import CheckpointMixin
 from .trainer_evaluation import EvaluationMixin
@@ -126,7 +127,7 @@ class TrustRegionTrainer(StepMixin, CheckpointMixin, EvaluationMixin, Trainer):
         for plain in (PlainProgressCallback, PrinterCallback):
             self.remove_callback(plain)
         self.signals, self.progress = SignalCallback(self), ProgressCallback(self)
-        for callback in (ReferenceCallback(self), self.signals, self.progress):
+        for callback in (RehearsalCallback(self), ReferenceCallback(self), self.signals, self.progress):
             self.add_callback(callback)
 
     def _prepared(self, dataset: Dataset | None, tokenizer: Any, args: TrustRegionConfig, name: str) -> Dataset | None:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 CHOICES = {
     "method": ("dpo", "ipo", "kto"),
+    "quantize_embeddings": (None, "8bit", "4bit"),
     "sync_space": (None, "product", "factors"),
     "overlong": ("truncate", "drop"),
     "dtype": ("auto", "bfloat16", "float16", "float32"),

@@ -1,0 +1,142 @@
+"""The heaviest packs are tried before the first step, and leave no trace."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import make_pairs, trainer_for
+
+from lorat.packing import Batch
+from lorat.reference import adapter_parameters, snapshot
+from lorat.rehearsal import RehearsalCallback, _missing_state, fullest, rehearse
+
+
+def pairs_with_a_long_one():
+    pairs = make_pairs(12)
+    pairs[7]["prompt"] = pairs[7]["prompt"] * 4
+    pairs[3]["chosen"] = pairs[3]["chosen"] * 4
+    return pairs
+
+
+def test_the_longest_come_first_and_the_pack_is_full(neox, tmp_path):
+    trainer = trainer_for(
+        neox, tmp_path / "run", pairs_with_a_long_one(), per_device_train_batch_size=8, max_length=200
+    )
+    rows = list(trainer.train_dataset)
+    need = lambda r: len(r["prompt_ids"]) + len(r["chosen_ids"]) + len(r["rejected_ids"])  # noqa: E731
+    by_need = sorted(rows, key=need, reverse=True)
+    chosen = fullest(trainer)
+    assert [need(r) for r in chosen] == [need(r) for r in by_need[:8]]
+    completions = fullest(trainer, prompts=False)
+    longest = max(rows, key=lambda r: len(r["chosen_ids"]) + len(r["rejected_ids"]))
+    assert completions[0]["row"] == longest["row"]
+    budget = need(by_need[0]) + need(by_need[-1])  # room for the longest and a short one
+    tight = trainer_for(
+        neox, tmp_path / "tight", pairs_with_a_long_one(), per_device_train_batch_size=8, max_length=200,
+        max_tokens_per_pack=budget,
+    )  # fmt: skip
+    tokens = rehearse(tight)
+    assert len(tokens) == 2 and need(by_need[0]) < max(tokens) <= budget
+
+
+@pytest.mark.parametrize("method", ["dpo", "kto"])
+def test_nothing_is_left_of_it(neox, tmp_path, monkeypatch, method):
+    """Parameters, gradients and random numbers: a run with it is the run without it, dropout and all."""
+
+    def run(name, rehearsed):
+        trainer = trainer_for(
+            neox, tmp_path / name, make_pairs(8), method=method, lora_dropout=0.2, sync="hard", sync_every=1
+        )
+        if rehearsed:
+            monkeypatch.setattr(
+                RehearsalCallback, "on_train_begin", lambda self, *a, **k: seen.append(rehearse(self.trainer))
+            )
+        trainer.train()
+        return trainer
+
+    seen = []
+    plain, rehearsed = run("plain", False), run("rehearsed", True)
+    assert len(seen) == 1 and min(seen[0]) > 0
+    for adapter in ("default", "ref"):
+        left, right = snapshot(plain.model, adapter), snapshot(rehearsed.model, adapter)
+        assert all(torch.equal(left[n], right[n]) for n in left)
+
+
+def test_gradients_are_made_and_taken_away(neox, tmp_path, monkeypatch):
+    trainer = trainer_for(neox, tmp_path / "run", make_pairs(4))
+    made = []
+    handles = [
+        p.register_post_accumulate_grad_hook(lambda p: made.append(p.grad.norm()))
+        for p in adapter_parameters(trainer.model, "default").values()
+    ]
+    rehearse(trainer)
+    assert len(made) == 2 * len(handles)
+    assert all(p.grad is None for p in trainer.model.parameters())
+
+
+def test_room_for_the_optimiser_is_held(neox, tmp_path, monkeypatch):
+    """Two tensors a parameter for Adam before its first step, none after it; one with momentum; none for bitsandbytes'."""
+    made = []
+    empty_like = torch.empty_like
+    trainer = trainer_for(neox, tmp_path / "run", make_pairs(4), max_steps=1)
+    policy = list(adapter_parameters(trainer.model, "default").values())
+    trainer.create_optimizer()
+    mine = {id(p) for p in policy}
+    spy = lambda p, *a, **k: (made.append(id(p)) if id(p) in mine else None) or empty_like(p, *a, **k)  # noqa: E731
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "empty_like", spy)
+        rehearse(trainer)
+    assert len(made) == 2 * 2 * len(policy)  # two rehearsals
+    trainer.train()
+    assert _missing_state(trainer.optimizer, policy) == 0
+    assert _missing_state(torch.optim.SGD(policy, momentum=0.9), policy) == 1
+    assert _missing_state(torch.optim.SGD(policy), policy) == 0
+    import bitsandbytes as bnb
+
+    assert _missing_state(bnb.optim.AdamW8bit(policy), policy) == 0
+
+
+def test_only_a_gpu_is_rehearsed_on(neox, tmp_path, monkeypatch):
+    trainer = trainer_for(neox, tmp_path / "run", make_pairs(4))
+    monkeypatch.setattr("lorat.rehearsal.rehearse", lambda t: pytest.fail("this is a CPU"))
+    RehearsalCallback(trainer).on_train_begin(trainer.args, trainer.state, trainer.control)
+    assert isinstance(Batch(list(trainer.train_dataset)), Batch)
+
+
+# ---- embeddings in few bits
+
+
+@pytest.mark.parametrize(("kind", "error"), [("8bit", 0.01), ("4bit", 0.12)])
+def test_embeddings_in_few_bits(neox, tmp_path, kind, error):
+    """The rows come back to the rounding of their type; the run trains, and names its setting."""
+    from lorat.base import load_base, plain_embeddings_
+
+    plain = trainer_for(neox, tmp_path / "plain", make_pairs(4))
+    trainer = trainer_for(neox, tmp_path / "run", make_pairs(8), quantize_embeddings=kind)
+    table, exact = (t.model.get_base_model().get_input_embeddings() for t in (trainer, plain))
+    assert table.weight.element_size() * table.weight.numel() <= exact.weight.numel() * (1 if kind == "8bit" else 0.5)
+    rows = torch.arange(exact.num_embeddings)
+    with torch.no_grad():
+        gap = (table(rows) - exact(rows)).norm() / exact(rows).norm()
+    assert 0 < gap < error
+    before = snapshot(trainer.model)
+    trainer.train()
+    assert any(not torch.equal(before[n], p) for n, p in adapter_parameters(trainer.model, "default").items())
+    model = load_base(trainer.args)
+    looked_up = model.get_input_embeddings()(rows)
+    plain_embeddings_(model)
+    assert torch.equal(model.get_input_embeddings()(rows), looked_up)
+    assert type(model.get_input_embeddings()) is torch.nn.Embedding
+
+
+def test_embeddings_that_are_the_head_stay(tmp_path):
+    from architectures import SHARED, make
+    from conftest import make_tokenizer
+
+    from lorat.errors import ModelError
+
+    tokenizer = make_tokenizer()
+    make("Qwen2", SHARED["Qwen2"], vocab_size=len(tokenizer), tie_word_embeddings=True).save_pretrained(tmp_path / "m")
+    tokenizer.save_pretrained(tmp_path / "m")
+    with pytest.raises(ModelError, match="one matrix"):
+        trainer_for(str(tmp_path / "m"), tmp_path / "run", make_pairs(4), quantize_embeddings="8bit")
