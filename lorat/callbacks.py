@@ -136,6 +136,7 @@ def describe_metrics(logs: dict[str, float]) -> str:
         ("rewards/accuracies", "acc", "{:.1%}"),
         ("rewards/margins", "margin", "{:+.3f}"),
     ]
+    names += [("start/rewards/accuracies", "acc from start", "{:.1%}")] if prefix else []
     names += [("kl", "z0", "{:.3f}"), ("tokens_per_second", "tok/s", "{:,.0f}")]
     parts = [f"{word} {form.format(logs[prefix + key])}" for key, word, form in names if prefix + key in logs]
     return ("eval: " if prefix and parts else "") + "  ".join(parts)

@@ -1,4 +1,4 @@
-"""The `lorat` command: train, demo, merge.
+"""The `lorat` command: train, demo, merge, eval, generate.
 
 Every error that a person can cause is printed as a few plain lines, without a traceback, and exits with 2.
 A run stopped by a signal saves a checkpoint and exits with 128 + the signal's number, as shells expect.
@@ -19,9 +19,13 @@ from .errors import LoratError
 USAGE = """\
 usage: lorat <command> [options]
 
-  train   fine-tune on preference data         lorat train --config run.yaml [--key value …]
-  demo    a small run from scratch, to look at  lorat demo [--out DIR]
-  merge   fold an adapter into its base         lorat merge RUN --out DIR [--base original|dequantized]
+  train     fine-tune on preference data         lorat train --config run.yaml [--key value …]
+  demo      a small run, to look at              lorat demo [--out DIR]
+  merge     fold an adapter into its base        lorat merge RUN --out DIR [--base original|dequantized]
+  eval      rewards, calibration, KL, diversity  lorat eval RUN --data PAIRS [--samples N] [--out FILE]
+  generate  answer a file of prompts             lorat generate RUN --prompts FILE --out FILE [--adapter policy|…]
+  judge     compare two sets of answers          lorat judge A.jsonl B.jsonl --model NAME [--base-url URL]
+  report    one HTML file about runs             lorat report RUN [RUN …] --out report.html
 
 `lorat <command> --help` says more. `lorat --version` prints the version.
 """
@@ -30,7 +34,8 @@ usage: lorat <command> [options]
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     argv = sys.argv[1:] if argv is None else argv
-    commands = {"train": train, "demo": demo, "merge": merge}
+    commands = {"train": train, "demo": demo, "merge": merge, "judge": judge, "report": report}
+    commands |= {"eval": evaluate, "generate": generate}
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(USAGE, end="")
         return 0 if argv else 2
@@ -157,6 +162,30 @@ def merge(argv: list[str]) -> int:
     report = fold(options.run, options.out, options.base, options.base_model, options.dtype, options.trust_remote_code)
     print(report.render())
     return 0
+
+
+def judge(argv: list[str]) -> int:
+    from .commands_judge import judge as run
+
+    return run(argv)
+
+
+def report(argv: list[str]) -> int:
+    from .commands_judge import report as run
+
+    return run(argv)
+
+
+def evaluate(argv: list[str]) -> int:
+    from . import commands_eval
+
+    return commands_eval.evaluate(argv)
+
+
+def generate(argv: list[str]) -> int:
+    from . import commands_generate
+
+    return commands_generate.generate(argv)
 
 
 def _printer(main: bool):

@@ -16,7 +16,7 @@ PACKAGES = ("lorat", "torch", "transformers", "peft", "bitsandbytes", "datasets"
 BODY = """\
 # {title}
 
-A LoRA adapter for `{base}`, aligned with [lorat](https://arxiv.org/abs/2404.09656): {method} with a {sync}
+A LoRA adapter for `{base}`, aligned with [lorat](https://arxiv.org/abs/2404.09656): {method} with {sync}
 reference.
 
 | | |
@@ -66,7 +66,9 @@ def write_model_card(folder: Path, trainer: CheckpointMixin) -> None:
         quantised=quantised,
         start=start,
         method=("TR-" if rule.moves else "") + method,
-        sync={"frozen": "frozen", "soft": "softly moving", "hard": "hard-updated", "adaptive": "adaptive"}[args.sync],
+        sync={"frozen": "a frozen", "soft": "a softly moving", "hard": "a hard-updated", "adaptive": "an adaptive"}[
+            args.sync
+        ],
         data=f"`{data}`, split `{args.dataset_split}`" if args.dataset_name else data,
         beta=args.beta,
         reference=reference if rule.moves else "frozen at the start",
