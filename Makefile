@@ -23,6 +23,12 @@ lint:
 clean:
 	rm -rf $(VENV) demo-output build *.egg-info
 
+# make bench       everything this machine can measure, into benchmarks/results/, and the tables made from it
+.PHONY: bench
+bench:
+	@scripts/setup-venv.sh test
+	@$(VENV)/bin/python -m benchmarks.suite
+
 # make test-gpu    the kernels' tests on an NVIDIA GPU; GPU_PYTHON names an interpreter that has torch, pytest and
 #                  transformers, where nothing is to be installed
 .PHONY: test-gpu

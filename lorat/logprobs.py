@@ -13,6 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 from lorat_kernels import linear_logprob
 from torch import Tensor, nn
@@ -84,8 +85,12 @@ def token_logprobs(model: PeftModel, head: Head, pack: Pack) -> Tensor:
 
 def per_completion(tokens: Tensor, lengths: list[int]) -> Tensor:
     """Sums of a pack's per-token values over each completion, (K,) -> (n,) float32, added in float64."""
-    padded = nn.utils.rnn.pad_sequence(list(tokens.double().split(lengths)), batch_first=True)
-    return padded.sum(1).float()
+    sizes = np.asarray(lengths)
+    places = (sizes.cumsum() - sizes)[:, None] + np.arange(sizes.max(initial=0))
+    places = np.where(np.arange(places.shape[1]) < sizes[:, None], places, sizes.sum())  # beyond the end: a zero
+    wide = torch.cat([tokens.double(), tokens.new_zeros(1, dtype=torch.float64)])
+    at = torch.from_numpy(places).to(tokens.device, non_blocking=True)
+    return wide.index_select(0, at.flatten()).view(places.shape).sum(1).float()
 
 
 def policy_and_reference(model: PeftModel, head: Head, pack: Pack) -> LogProbs:

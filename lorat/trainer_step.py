@@ -53,8 +53,10 @@ class StepMixin(Trainer):
         samples, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         batches = [s["batch"] for s in samples]
         self._leave_out_filler(batches)
-        count = torch.tensor(float(sum(sum(b.weights) for b in batches)), device=self.args.device)
-        self._step = Step(batches, self.engine.summed(count).item())
+        count = float(sum(sum(b.weights) for b in batches))
+        if self.args.world_size > 1:
+            count = self.engine.summed(torch.tensor(count)).item()
+        self._step = Step(batches, count)
         return samples, None
 
     def _leave_out_filler(self, batches: list[Batch]) -> None:
