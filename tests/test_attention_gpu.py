@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import types
 
 import pytest
 import torch
 from architectures import SHARED, adapted, make
-from test_packs import draw_groups
+from test_packs import draw_groups, gradients, weighted
 
 from lorat import attention
 from lorat.attention import install, packed_attention
@@ -46,8 +47,8 @@ def test_varlen_errs_no_more_than_sdpa(monkeypatch, window, heads, size):
     theirs = attend(q, k, v, layout, sliding_window=window)
     for mine, other, truth in zip(ours, theirs, exact, strict=True):
         assert mine.isfinite().all()
-        error = lambda x: (x.double() - truth).square().mean().sqrt().item()  # noqa: E731
-        assert error(mine) <= 1.5 * error(other) + 1e-4
+        errors = [(x.double() - truth).square().mean().sqrt().item() for x in (mine, other)]
+        assert errors[0] <= 1.5 * errors[1] + 1e-4
 
 
 @pytest.mark.parametrize("name", SHARED)
@@ -63,6 +64,51 @@ def test_the_probe_on_the_gpu(name):
         truth = token_logprobs(policy, Head.of(policy), packs[0])
         rows = token_logprobs(policy, Head.of(policy), packs[1])
         with autocast():
-            errors = [(token_logprobs(policy, Head.of(policy), p) - truth).square().mean().sqrt() for p in packs]
+            halves = [token_logprobs(policy, Head.of(policy), p) for p in packs]
+    errors = [(half - truth).square().mean().sqrt() for half in halves]
     assert (per_completion(truth - rows, packs[0].lengths)).abs().max() < 1e-3
     assert errors[0] < 2 * errors[1] + 1e-3
+
+
+@pytest.mark.parametrize("four_bit", [False, True])
+def test_fused_layers_on_the_gpu(tmp_path, four_bit):
+    """Against PEFT's own layers under autocast, both measured from float32: the fused ones err no more."""
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    from lorat.fused import fuse_, native
+
+    how = {}
+    if four_bit:
+        pytest.importorskip("bitsandbytes")
+        how["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        )  # fmt: skip
+    make("Llama", SHARED["Llama"]).save_pretrained(tmp_path)
+    load = lambda dtype: AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype, device_map={"": 0}, **how)  # noqa: E731
+    exact, half = adapted(load(torch.float32)), adapted(load(torch.bfloat16))
+    groups = draw_groups()
+    for model in (exact, half):
+        install(model.get_base_model())
+
+    def step(model, context):
+        pack = share_prompts(groups).to(GPU)
+        with context:
+            logps = per_completion(token_logprobs(model, Head.of(model), pack), pack.lengths)
+        weighted(logps.cpu()).backward()
+        return logps.detach().double(), gradients(model)
+
+    truth = step(exact, contextlib.nullcontext())
+    theirs = step(half, torch.autocast("cuda", torch.bfloat16))
+    assert fuse_(half) and native(half, torch.bfloat16)
+    ours = step(half, contextlib.nullcontext())
+    for mine, other, right in zip(ours, theirs, truth, strict=True):
+        assert (mine - right).norm() <= 1.5 * (other - right).norm() + 1e-3 * right.norm()
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append((t.dtype, tuple(t.shape))) or t, lambda t: t):
+        pack = share_prompts(groups).to(GPU)
+        token_logprobs(half, Head.of(half), pack)
+    inner = {
+        d for d, s in kept if len(s) > 1 and s[-1] == half.config.intermediate_size and pack.input_ids.numel() in s
+    }
+    assert inner == {torch.bfloat16}

@@ -132,7 +132,7 @@ def test_a_folder_with_another_run_is_refused_before_the_model_is_loaded(run, ca
 
 
 def test_a_signal_ends_with_its_status_and_says_how_to_go_on(run, capsys, monkeypatch):
-    from lorat.callbacks import ReferenceCallback
+    from lorat.movement import ReferenceCallback
 
     move = ReferenceCallback.on_step_end
 
