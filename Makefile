@@ -12,7 +12,7 @@ demo:
 
 test:
 	@scripts/setup-venv.sh test
-	@$(VENV)/bin/python -m pytest -q
+	@OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -n 2 --dist loadfile
 
 lint:
 	@scripts/setup-venv.sh dev

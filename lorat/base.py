@@ -92,6 +92,7 @@ def quantize_embeddings_(model: Any, kind: str) -> None:
             "nothing would be saved; leave it out."
         )
     n, width, dtype, device = *table.weight.shape, table.weight.dtype, table.weight.device
+    made: Any
     made = bnb.nn.Embedding8bit(n, width, dtype=dtype) if kind == "8bit" else bnb.nn.EmbeddingNF4(n, width, dtype=dtype)
     made.load_state_dict({"weight": table.weight.detach().cpu()})
     made = made.to(device)

@@ -153,6 +153,10 @@ class Throughput:
         """Begin the clock anew, without what came before."""
         self._at = time.perf_counter()
 
+    def skip(self, seconds: float) -> None:
+        """Leave out time in which nothing was trained on."""
+        self._at += seconds
+
     def lap(self, summed: Callable[[torch.Tensor], torch.Tensor]) -> tuple[int, float]:
         """`(total, tokens per second since the last call)`; `summed` adds a tensor over ranks."""
         new, now = self.pending(summed), time.perf_counter()

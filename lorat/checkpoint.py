@@ -177,8 +177,9 @@ def guard_output_dir(output_dir: Path, resuming: bool, overwrite: bool, inputs: 
                 f"{where} overwrite_output_dir would delete {str(given)!r}, which this run starts from; set another "
                 "output_dir."
             )
-    for path in found:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    logs = ("trainer_state.json", "eval_results.json", "all_results.json", "reference.jsonl", "eval.json")
+    for path in [*found, *(output_dir / name for name in logs)]:
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any) -> None:

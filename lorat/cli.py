@@ -20,6 +20,7 @@ USAGE = """\
 usage: lorat <command> [options]
 
   train     fine-tune on preference data         lorat train --config run.yaml [--key value …]
+  plan      will it fit, and with what settings  lorat plan --config run.yaml [--gpu-memory 12GiB]
   demo      a small run, to look at              lorat demo [--out DIR]
   merge     fold an adapter into its base        lorat merge RUN --out DIR [--base original|dequantized]
   eval      rewards, calibration, KL, diversity  lorat eval RUN --data PAIRS [--samples N] [--out FILE]
@@ -35,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     argv = sys.argv[1:] if argv is None else argv
     commands = {"train": train, "demo": demo, "merge": merge, "judge": judge, "report": report}
-    commands |= {"eval": evaluate, "generate": generate}
+    commands |= {"eval": evaluate, "generate": generate, "plan": plan}
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(USAGE, end="")
         return 0 if argv else 2
@@ -128,6 +129,12 @@ def train(argv: list[str]) -> int:
     trainer.save_state()
     say(f"The adapter is in {output_dir} (a plain PEFT adapter; README.md there says how to load it).")
     return 0
+
+
+def plan(argv: list[str]) -> int:
+    from .commands_plan import plan as run
+
+    return run(argv)
 
 
 def demo(argv: list[str]) -> int:

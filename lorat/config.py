@@ -122,6 +122,9 @@ class TrustRegionConfig(TrainingArguments):
     max_tokens_per_pack: int = _f(
         "Run", 8192, "Tokens in one forward pass, padding included: decides memory, never the mathematics."
     )
+    gpu_memory: str | None = _f(
+        "Run", None, "Set max_tokens_per_pack to the most that fits: 12GiB, say, or auto for what the GPU has free."
+    )
     prefix_sharing: bool | None = _f(
         "Run", None, "Compute each prompt once and pad nothing. Unset: wherever a check at the start finds it exact."
     )

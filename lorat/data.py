@@ -211,19 +211,22 @@ def extent(datasets: list[Dataset]) -> tuple[int, int]:
     return greatest, longest
 
 
-def check_budget(dataset: Dataset, budget: int, shared: bool, name: str) -> None:
-    """Raise `DataError` with the rows that no pack of `budget` tokens can hold.
-
-    An example takes its prompt once and each completion (`shared`), or a row of the longer one's length for each.
-    """
-    rows: list[int] = []
-    longest = 0
+def pack_sizes(dataset: Dataset, shared: bool) -> np.ndarray:
+    """(n,) tokens of each example alone in a pack: its prompt once and each completion (`shared`), or padded rows."""
+    needs = [np.zeros(0, dtype=np.int64)]
     for batch in dataset.with_format("arrow").iter(10_000):
         sizes = {n: pc.list_value_length(batch[n]).to_numpy() for n in batch.column_names if n.endswith("_ids")}
         prompt = sizes.pop("prompt_ids")
-        needs = prompt + sum(sizes.values()) if shared else len(sizes) * (prompt + np.stack([*sizes.values()]).max(0))
-        rows += batch["row"].to_numpy()[needs > budget].tolist()
-        longest = max(longest, int(needs.max(initial=0)))
+        needs.append(
+            prompt + sum(sizes.values()) if shared else len(sizes) * (prompt + np.stack([*sizes.values()]).max(0))
+        )
+    return np.concatenate(needs)
+
+
+def check_budget(dataset: Dataset, budget: int, shared: bool, name: str) -> None:
+    """Raise `DataError` with the rows that no pack of `budget` tokens can hold."""
+    needs = pack_sizes(dataset, shared)
+    rows, longest = np.asarray(dataset["row"])[needs > budget].tolist(), int(needs.max(initial=0))
     if rows:
         raise DataError(
             f"{name}: {len(rows)} of {len(dataset)} examples need more than max_tokens_per_pack={budget} tokens in one "

@@ -86,6 +86,8 @@ def _run(out: Path, seed: int, pairs: int) -> dict[str, Row]:
         held_out = toy.preference_pairs(base, tokenizer, pairs // 8, seed=seed + 2)
         prompts = random.Random(seed).choices(toy.PROMPTS, k=SAMPLED)
         rows = {"SFT": _measure(base, None, tokenizer, prompts, held_out, seed)}
+    (out / "held-out.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in held_out))
+    (out / "prompts.txt").write_text("".join(f"{prompt}\n" for prompt in toy.PROMPTS))
     console.print(f"Preference pairs: {len(train)} to train on, {len(held_out)} held out\n")
 
     for name, settings in RUNS.items():
@@ -94,6 +96,7 @@ def _run(out: Path, seed: int, pairs: int) -> dict[str, Row]:
         trainer.progress.label = name
         trainer.train()
         trainer.save_model()
+        trainer.save_state()
         with console.status(f"Sampling from {name} …"):
             rows[name] = _measure(trainer.model, trainer.model.disable_adapter, tokenizer, prompts, held_out, seed)
 
@@ -126,7 +129,10 @@ def _config(model: Path, out: Path, seed: int, **settings: Any) -> TrustRegionCo
         lora_r=16,
         lora_alpha=32,
         logging_steps=8,
+        eval_strategy="steps",
+        eval_steps=64,
         save_strategy="no",
+        save_reference=True,
         report_to="none",
         seed=seed,
     )

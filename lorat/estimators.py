@@ -67,9 +67,9 @@ def estimate(values: Tensor, clusters: Sequence[Hashable] | None = None) -> Esti
 def calibration(margins: Tensor, bins: int = 10) -> Calibration:
     """`σ(margin)` as the probability that the chosen completion is preferred; `margins` (n,): `β(Δ_w − Δ_l)`.
 
-    Which completion stands first is arbitrary, so what is judged is the prediction: its confidence `σ(|margin|)`, in
-    `bins` equal steps from ½ to 1, and whether it is right (a margin of 0 is half right). `ece = Σ_b n_b/n |accuracy_b −
-    confidence_b|`; `brier = mean (1 − σ(margin))²`; `log_loss = mean −log σ(margin)`. Empty bins are left out.
+    Which completion stands first is arbitrary, so what is judged is the prediction: its confidence `σ(|margin|)`,
+    in `bins` equal steps from ½ to 1, and whether it is right (a margin of 0 is half right). `ece = Σ_b n_b/n
+    |accuracy_b − confidence_b|`; `brier = mean (1 − σ(margin))²`; `log_loss = mean −log σ(margin)`. Empty bins are left out.
     """
     if bins < 1 or not len(margins):
         raise ValueError(f"{len(margins)} margins in {bins} bins; give at least one of each.")

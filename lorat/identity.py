@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 FREE = {
     "save_reference",
     "max_tokens_per_pack",
+    "gpu_memory",
     "overwrite_output_dir",
     "eval_dataset_name",
     "eval_dataset_split",

@@ -1,12 +1,13 @@
 """The models of a run beside each other on one base: policy, reference, start, and the base without adapter.
 
-The base is loaded once, as it was in training, with up to three small adapters on it; switching costs nothing. A forward
-pass through any of them computes in the type that training computed in.
+The base is loaded once, as it was in training, with up to three small adapters on it; switching costs nothing. A
+forward pass through any of them computes in the type that training computed in.
 """
 
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -87,8 +88,8 @@ def load(
 ) -> Lineup:
     """Load the base once, as the run did, and put the run's adapters on it.
 
-    `base_model`: where the base lies now. `dtype`: computing type instead of the run's. Raises a `LoratError` where a part
-    is missing or does not fit.
+    `base_model`: where the base lies now. `dtype`: computing type instead of the run's. Raises a `LoratError` where a
+    part is missing or does not fit.
     """
     policy = found.folders["policy"]
     recorded = PeftConfig.from_pretrained(str(policy)).base_model_name_or_path
@@ -115,12 +116,14 @@ def load(
     tokenizer = load_tokenizer(config)
     check_tokenizer(tokenizer)
     reference = found.folders.get("reference")
-    model = attach(
-        load_base(config),
-        policy_adapter=str(policy),
-        ref_adapter=str(reference) if reference else None,
-        check_base=base_model is None,
-    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*base_model_name_or_path.*was renamed.*")  # as --base-model asks
+        model = attach(
+            load_base(config),
+            policy_adapter=str(policy),
+            ref_adapter=str(reference) if reference else None,
+            check_base=base_model is None,
+        )
     if start := found.folders.get("start"):
         settings = PeftConfig.from_pretrained(str(start))
         if not isinstance(settings, LoraConfig):

@@ -19,7 +19,7 @@ from lorat_kernels import linear_logprob
 from torch import Tensor, nn
 
 from .adapters import using_reference
-from .attention import KEYWORD
+from .attention import KEYWORD, NAMES
 from .errors import ModelError
 from .packing import Pack, pad_rows
 
@@ -75,7 +75,11 @@ def backbone(model: PeftModel) -> nn.Module:
 def token_logprobs(model: PeftModel, head: Head, pack: Pack) -> Tensor:
     """Log-probs of the pack's completion tokens under the active adapter: (K,) float32."""
     how: dict[str, Any] = {"attention_mask": pack.attention_mask}
-    if pack.layout is not None:  # a 4-D mask is handed through as it is, so that no T x T one is made
+    if pack.layout is not None:
+        base: Any = model.get_base_model()
+        if base.config._attn_implementation not in NAMES.values():  # it would be dropped without a sign
+            raise ModelError("this model has not been told of layouts; call lorat.attention.install on it first.")
+        # a 4-D mask is handed through as it is, so that no T x T one is made
         nothing = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=pack.input_ids.device)
         how = {"attention_mask": nothing, "position_ids": pack.position_ids, KEYWORD: pack.layout}
     out = backbone(model)(input_ids=pack.input_ids, use_cache=False, **how)

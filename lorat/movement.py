@@ -78,7 +78,8 @@ def _read(path: Path) -> list[dict[str, Any]]:
 def opening_lines(rule: UpdateRule, beta: float, steps: int) -> list[str]:
     """What the user should know of the reference before the run: how it moves, its lag, and whether it binds.
 
-    Thresholds come from exact toy experiments in which results collapse onto beta*lag, best between 50 and 300.
+    Thresholds come from exact toy experiments in which results collapse onto beta*lag, best between about 30 and 100 in
+    a run of a thousand steps, and lower in shorter ones (docs/method.md).
     """
     if not rule.moves:
         return ["Reference: frozen at the start; it never moves."]

@@ -21,8 +21,8 @@ from .errors import CheckpointError
 class Pieces:
     """`pieces[key]`: a JSON value computed before; `pieces[key] = value` writes it through to the disk.
 
-    `belongs`: every setting that decides the values, as JSON has them. Raises `CheckpointError` where the file belongs to
-    other settings, naming them, or cannot be written.
+    `belongs`: every setting that decides the values, as JSON has them. Raises `CheckpointError` where the file belongs
+    to other settings, naming them, or cannot be written.
     """
 
     def __init__(self, path: Path, belongs: dict[str, Any], overwrite: bool = False) -> None:

@@ -22,7 +22,7 @@ from .adapters import attach, lora_config, record_base_, train_policy_only_
 from .base import check_fit, load_base, load_tokenizer
 from .callbacks import ProgressCallback, SignalCallback, Throughput
 from .config import TrustRegionConfig
-from .data import DataReport, check_budget, extent, prepare
+from .data import DataReport, check_budget, extent, pack_sizes, prepare
 from .engine import Engine
 from .errors import ConfigError
 from .fused import fuse_, native
@@ -74,6 +74,9 @@ class TrustRegionTrainer(StepMixin, CheckpointMixin, EvaluationMixin, Trainer):
             eval_dataset = {k: self._prepared(d, tokenizer, args, f"eval_{k}") for k, d in eval_dataset.items()}
         else:
             eval_dataset = self._prepared(eval_dataset, tokenizer, args, "eval")
+        held_out = eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset}
+        if args.gpu_memory:
+            self._fit(args, model, [d for d in (train_dataset, *held_out.values()) if d is not None])
         base = load_base(args) if model is None or isinstance(model, str) else model
         torch.manual_seed(args.seed)  # the adapter's first values do not depend on what was drawn before
         model = attach(
@@ -85,7 +88,6 @@ class TrustRegionTrainer(StepMixin, CheckpointMixin, EvaluationMixin, Trainer):
             check_base=args.check_adapter_base,
         )
         fused = fuse_(model)
-        held_out = eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset}
         data = {f"eval_{k}" if k else "eval": d for k, d in held_out.items()} | {"train": train_dataset}
         data = {name: d for name, d in data.items() if d is not None}
         greatest, longest = extent(list(data.values()))
@@ -157,6 +159,24 @@ class TrustRegionTrainer(StepMixin, CheckpointMixin, EvaluationMixin, Trainer):
                 "row of its own, which is exact for every model."
             )
         return not self.separate
+
+    @staticmethod
+    def _fit(args: TrustRegionConfig, model: Any, datasets: list[Dataset]) -> None:
+        """Set `max_tokens_per_pack` to what the plan finds for `gpu_memory`; raises `ConfigError` if nothing fits."""
+        from .blueprint import read_model_config
+        from .fitting import bytes_of, fit
+
+        longest = max(
+            (int(pack_sizes(d, args.prefix_sharing is not False).max(initial=0)) for d in datasets), default=None
+        )
+        config = read_model_config(args) if model is None or isinstance(model, str) else model.config
+        plan = fit(args, config, bytes_of(str(args.gpu_memory)), longest)
+        if not plan.fits:
+            raise ConfigError(
+                f"gpu_memory={args.gpu_memory}: packs of {plan.tokens} tokens, the least this data needs, take "
+                f"{plan.total / 2**30:.2f} GiB. {' '.join(plan.advice)}"
+            )
+        args.max_tokens_per_pack = plan.tokens
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The optimiser over the policy's tensors, chosen by name; raises `ConfigError` if it got any other."""

@@ -8,6 +8,7 @@ no adapter more.
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 from transformers import Trainer
 
+from .callbacks import Throughput
 from .engine import Engine
 from .metrics import Averages
 from .packing import Batch
@@ -44,6 +46,7 @@ class EvaluationMixin(Trainer):
     model: Any  # a PeftModel
     engine: Engine
     eval_averages: Averages
+    tokens: Throughput
     start: dict[str, Tensor]
     _start_cache: dict[bytes, list[Tensor]]
 
@@ -84,6 +87,8 @@ class EvaluationMixin(Trainer):
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
     ):
         self.eval_averages.reset()
+        begun = time.perf_counter()
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        self.tokens.skip(time.perf_counter() - begun)
         means = {f"{metric_key_prefix}_{k}": v for k, v in self.eval_averages.means().items()}
         return output._replace(metrics={**(output.metrics or {}), **means})

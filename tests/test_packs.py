@@ -17,6 +17,7 @@ from architectures import SHARED, adapted, make
 
 from lorat import attention
 from lorat.attention import NAMES, Gather, install, packed_attention, recording
+from lorat.errors import ModelError
 from lorat.logprobs import Head, per_completion, token_logprobs
 from lorat.packing import Packer, pad_rows, share_prompts, split_groups
 
@@ -283,6 +284,13 @@ def test_what_attention_cannot_express_is_refused():
         packed_attention(both_ways, x, x, x, layout)
     with pytest.raises(NotImplementedError, match="token by token"):
         packed_attention(causal, x[:, :, :3], x, x, layout)
+
+
+def test_a_model_that_was_not_told_of_layouts_is_refused():
+    """It would drop the keyword, and every number would be wrong without a sign."""
+    policy = adapted(make("Llama", SHARED["Llama"]))
+    with pytest.raises(ModelError, match="install"):
+        token_logprobs(policy, Head.of(policy), share_prompts(draw_groups()))
 
 
 def test_padded_rows_and_shared_prompts_agree_in_bf16_to_its_rounding():
