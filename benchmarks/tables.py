@@ -66,7 +66,27 @@ def profile(document: Document) -> str:
     return markdown(head, rows)
 
 
-KINDS: dict[str, Callable[[Document], str]] = {"throughput": throughput, "profile": profile}
+def memory(document: Document) -> str:
+    """Measured and predicted peaks; the long run under a cap; host memory while loading."""
+    parts = []
+    rows = []
+    for row in document["step"]:
+        lorat, trl = (row.get(name, {}).get("memory_mb", {}).get("peak") for name in ("lorat", "trl"))
+        error = f"{row['error_percent']:+.1f} %" if "error_percent" in row else "-"
+        told = [f"{x:,.0f}" if x else "-" for x in (lorat, trl, row["predicted"]["allocated_mb"])]
+        rows.append([f"{row['tokens']:,} tokens{'' if row['checkpointing'] else ', no checkpointing'}", *told, error])
+    if rows:
+        parts.append(markdown(["a step of", "lorat MB", "TRL MB", "predicted for a GPU, MB", "error"], rows))
+    if run := document["long"]:
+        ended = "ran to its end" if run["finished"] else "did not finish"
+        pack = f"packs of {run['max_tokens_per_pack']:,} tokens"
+        parts.append(
+            f"{run['steps']} steps with {pack} under a cap of {document['settings']['memory_cap']} bytes: {ended}."
+        )
+    return "\n\n".join(parts)
+
+
+KINDS: dict[str, Callable[[Document], str]] = {"throughput": throughput, "profile": profile, "memory": memory}
 
 
 def table(name: str, results: Path) -> str:
