@@ -116,12 +116,8 @@ def packed_attention(
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     if softcap is None and dropout == 0 and (varlen := varlen_backend(q, v, sliding_window)) is not None:
         return varlen(q, k, v, layout, scale, sliding_window)[None]
-    out, a, b = [], 0, 0
-    for m, n in zip(layout.queries, layout.keys, strict=True):
-        one = _one_sequence(q[a : a + m], k[b : b + n], v[b : b + n], scale, sliding_window, softcap, dropout)
-        out.append(one)
-        a, b = a + m, b + n
-    return torch.cat(out)[None]
+    rows = zip(q.split(layout.queries), k.split(layout.keys), v.split(layout.keys), strict=True)
+    return torch.cat([_one_sequence(*one, scale, sliding_window, softcap, dropout) for one in rows])[None]
 
 
 class Gather(torch.autograd.Function):
