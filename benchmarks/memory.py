@@ -118,9 +118,15 @@ def long_row(case: Row, steps: int, data: Path) -> Row:
     from lorat.fitting import largest
     from lorat.memory import Planner
 
-    case = copy.deepcopy(case) | {"pairs": 4, "max_length": 1024 if not case["toy"] else 64}
+    case = copy.deepcopy(case) | {"pairs": 4 if case["toy"] else 64, "max_length": 1024 if not case["toy"] else 64}
     drawn, source = workloads.draw(
-        "ultrafeedback", 4 * steps, 0, case["shape"]["vocab"], case["max_length"], 16 if case["toy"] else 1, data
+        "ultrafeedback",
+        case["pairs"] * steps,
+        0,
+        case["shape"]["vocab"],
+        case["max_length"],
+        16 if case["toy"] else 1,
+        data,
     )
     case["examples"] = drawn
     planner = Planner(settings_of(case), models.configuration(case["shape"]))

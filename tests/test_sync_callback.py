@@ -266,3 +266,35 @@ def test_what_cannot_work_is_refused(neox, tmp_path):
     plain = AutoModelForCausalLM.from_pretrained(neox)
     with pytest.raises(ModelError, match="needs a PEFT model"):
         callback.on_init_end(None, None, None, model=plain)
+
+
+@pytest.mark.parametrize("rule", [Soft(0.5, 2), Hard(3)], ids=["soft", "hard"])
+def test_trl_with_the_callback_ends_where_lorats_own_trainer_does(neox, tmp_path, rule):
+    """Six steps of DPO on the same pairs, in the same order, from the same policy: policy, reference and losses."""
+    import conftest
+
+    settings = dict(train_sampling_strategy="sequential", learning_rate=1e-3)
+    theirs = trainer_for(neox, tmp_path / "trl", rule, **settings)
+    sync = dict(sync="soft", sync_alpha=rule.alpha, sync_every=rule.every)
+    mine = conftest.trainer_for(
+        neox, tmp_path / "lorat", make_pairs(STEPS * BATCH), method="dpo", beta=0.3, max_steps=STEPS, load_in_4bit=False,
+        lora_target_modules=["query_key_value", "dense"], per_device_train_batch_size=BATCH,
+        lr_scheduler_type="constant", **sync, **settings,
+    )  # fmt: skip
+    start = torch.Generator().manual_seed(3)
+    policies = [adapter_parameters(t.model, "default") for t in (theirs, mine)]
+    assert policies[0].keys() == policies[1].keys()
+    for name in policies[0]:
+        value = 0.1 * torch.randn(policies[0][name].shape, generator=start)
+        for model, policy in ((theirs.model, policies[0]), (mine.model, policies[1])):
+            policy[name].data.copy_(value)
+            adapter_parameters(model, "ref")[name].data.copy_(value)
+    theirs.train()
+    mine.train()
+    assert losses(theirs) == pytest.approx(losses(mine), rel=1e-4) and abs(losses(mine)[1] - math.log(2)) > 3e-4
+    for adapter in ("default", "ref"):
+        left, right = dense(theirs.model, adapter), dense(mine.model, adapter)
+        for name in left:
+            assert (left[name] - right[name]).norm() < 1e-4 * right[name].norm(), (adapter, name)
+    apart = [(a - b).norm() for a, b in zip(dense(mine.model, "default").values(), dense(mine.model, "ref").values())]
+    assert (max(apart) > 1e-3) == (rule.alpha < 1)  # Hard(3) has just copied
