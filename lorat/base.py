@@ -19,6 +19,12 @@ if TYPE_CHECKING:
 
     from .config import TrustRegionConfig
 
+# The settings that decide what a loaded base computes: whoever loads a run's base again takes them from the run.
+AS_LOADED = (
+    *("load_in_4bit", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant"),
+    *("quantize_embeddings", "dtype", "model_revision"),
+)
+
 
 def load_tokenizer(config: TrustRegionConfig) -> PreTrainedTokenizerBase:
     """The tokenizer of the run; raises `ModelError` if there is none at the given place."""

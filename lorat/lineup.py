@@ -18,7 +18,7 @@ from peft import LoraConfig, PeftConfig, PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from .adapters import ADAPTER_WEIGHTS, attach, load_adapter_, record_base_
-from .base import load_base, load_tokenizer
+from .base import AS_LOADED, load_base, load_tokenizer
 from .config import TrustRegionConfig
 from .errors import ModelError
 from .logprobs import Head, check_head
@@ -27,7 +27,6 @@ from .run_folder import Found
 from .tokenization import check_tokenizer
 
 _ADAPTERS = {"policy": POLICY, "reference": REFERENCE, "start": "start"}  # as PEFT calls them
-_LIKE_TRAINING = ("load_in_4bit", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "dtype", "model_revision")
 
 
 @dataclass
@@ -68,7 +67,7 @@ class Lineup:
         digests = {
             m: hashlib.sha256((f / ADAPTER_WEIGHTS).read_bytes()).hexdigest() for m, f in self.found.folders.items()
         }
-        keys = ("model_name_or_path", "model_revision", "load_in_4bit", "bnb_4bit_quant_type", "dtype")
+        keys = ("model_name_or_path", *AS_LOADED)
         return {k: getattr(self.config, k) for k in keys} | {
             "compute": "bf16" if self.config.bf16 else "fp16" if self.config.fp16 else str(self.head.weight.dtype)[6:],
             "device": self.device.type,
@@ -96,7 +95,7 @@ def load(
     if not (name := base_model or recorded):
         raise ModelError(f"{str(policy)!r} does not say what its base is; give it with --base-model.")
     saved, on_gpu = found.settings, torch.cuda.is_available() and not cpu
-    how: dict[str, Any] = {k: saved[k] for k in _LIKE_TRAINING if k in saved}
+    how: dict[str, Any] = {k: saved[k] for k in AS_LOADED if k in saved}
     if saved:
         how |= {"bf16": bool(saved.get("bf16")) and on_gpu, "fp16": bool(saved.get("fp16")) and on_gpu}
     if dtype:

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from . import checkpoint as ck
 from .adapters import adapter_folder
-from .base import load_base, plain_embeddings_
+from .base import AS_LOADED, load_base, plain_embeddings_
 from .config import TrustRegionConfig
 from .errors import CheckpointError, ConfigError, ModelError
 
@@ -117,15 +117,7 @@ def _trained_config(folder: Path, name: str) -> TrustRegionConfig:
         saved = ck.read_json(folder / ck.STATE)["run"]
     elif (folder / ck.RUN).is_file():
         saved = ck.read_json(folder / ck.RUN)
-    keys: tuple[str, ...] = (
-        "load_in_4bit",
-        "bnb_4bit_quant_type",
-        "bnb_4bit_use_double_quant",
-        "dtype",
-        "model_revision",
-    )
-    keys += ("quantize_embeddings",)
-    kept = {k: saved[k] for k in keys if k in saved}
+    kept = {k: saved[k] for k in AS_LOADED if k in saved}
     if kept.get("dtype", "auto") == "auto" and saved:
         kept["dtype"] = "bfloat16" if saved.get("bf16") else "float16" if saved.get("fp16") else "float32"
     # bf16 is a matter of autocast in training; here only the type of the weights counts.

@@ -129,6 +129,22 @@ def test_embeddings_in_few_bits(neox, tmp_path, kind, error):
     assert type(model.get_input_embeddings()) is torch.nn.Embedding
 
 
+def test_a_run_is_loaded_again_with_its_embeddings_as_they_were(neox, tmp_path):
+    """By `lorat eval` and `generate`, and by `lorat merge`, whose model is what was trained."""
+    from lorat.lineup import load
+    from lorat.merge import merge
+    from lorat.run_folder import find
+
+    trainer = trainer_for(neox, tmp_path / "run", make_pairs(4), quantize_embeddings="8bit")
+    trainer.train()
+    trainer.save_model()
+    ids = torch.arange(9)
+    trained = trainer.model.get_base_model().get_input_embeddings()(ids)
+    lineup = load(find(str(tmp_path / "run")), cpu=True)
+    assert torch.equal(lineup.model.get_base_model().get_input_embeddings()(ids), trained)
+    assert merge(str(tmp_path / "run"), str(tmp_path / "merged")).largest < 1e-4
+
+
 def test_embeddings_that_are_the_head_stay(tmp_path):
     from architectures import SHARED, make
     from conftest import make_tokenizer
