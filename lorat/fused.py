@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -56,6 +57,14 @@ def fits(layer: Any) -> bool:
     dropout = any(isinstance(d, nn.Dropout) and d.p > 0 for d in layer.lora_dropout.values())
     trained = any(p.requires_grad for p in base.parameters())
     return not (biased or dropout or trained)
+
+
+def computing(
+    model: nn.Module, bf16: bool, autocast: Callable[[], AbstractContextManager[Any]]
+) -> Callable[[], AbstractContextManager[Any]]:
+    """What to compute in: `autocast`, or nothing where a bf16 model, fused here, does it by itself."""
+    by_itself = fuse_(model) and bf16 and native(model, torch.bfloat16)
+    return nullcontext if by_itself else autocast
 
 
 def _forward(plain: Callable[..., Tensor]) -> Callable[..., Tensor]:

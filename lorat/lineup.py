@@ -21,6 +21,7 @@ from .adapters import ADAPTER_WEIGHTS, attach, load_adapter_, record_base_
 from .base import AS_LOADED, load_base, load_tokenizer
 from .config import TrustRegionConfig
 from .errors import ModelError
+from .fused import computing
 from .logprobs import Head, check_head
 from .reference import POLICY, REFERENCE
 from .run_folder import Found
@@ -140,5 +141,9 @@ def load(
         tokenizer,
         found,
         config,
-        lambda: torch.autocast(device.type, half, enabled=bool(config.bf16 or config.fp16)),
+        computing(
+            model,
+            bool(config.bf16),
+            lambda: torch.autocast(device.type, half, enabled=bool(config.bf16 or config.fp16)),
+        ),
     )

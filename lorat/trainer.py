@@ -8,7 +8,6 @@ ranks; the reference moves after the step. The step, evaluation and checkpoints 
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
 import torch
@@ -25,7 +24,7 @@ from .config import TrustRegionConfig
 from .data import DataReport, check_budget, extent, pack_sizes, prepare
 from .engine import Engine
 from .errors import ConfigError
-from .fused import fuse_, native
+from .fused import computing
 from .logprobs import Head, check_head
 from .metrics import Averages
 from .movement import ReferenceCallback, opening_lines
@@ -87,7 +86,6 @@ class TrustRegionTrainer(StepMixin, CheckpointMixin, EvaluationMixin, Trainer):
             ref_rank=args.ref_rank,
             check_base=args.check_adapter_base,
         )
-        fused = fuse_(model)
         data = {f"eval_{k}" if k else "eval": d for k, d in held_out.items()} | {"train": train_dataset}
         data = {name: d for name, d in data.items() if d is not None}
         greatest, longest = extent(list(data.values()))
@@ -116,10 +114,9 @@ class TrustRegionTrainer(StepMixin, CheckpointMixin, EvaluationMixin, Trainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        self._autocast = computing(self.model, bool(args.bf16), self.accelerator.autocast)
         head = Head.of(self.model)
         check_head(self.model, head, args.device)
-        by_itself = args.bf16 and fused and native(self.model, torch.bfloat16)  # it computes in bf16 by itself
-        self._autocast = contextlib.nullcontext if by_itself else self.accelerator.autocast
         shared = self._can_share(head, longest)
         for name, dataset in data.items():
             check_budget(dataset, args.max_tokens_per_pack, shared, name)

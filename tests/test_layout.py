@@ -52,7 +52,7 @@ ARROWS = {
     "estimators": set(),
     "store": set(),
     "run_folder": {"adapters", "checkpoint", "reference"},
-    "lineup": {"adapters", "base", "config", "logprobs", "reference", "run_folder", "tokenization"},
+    "lineup": {"adapters", "base", "config", "fused", "logprobs", "reference", "run_folder", "tokenization"},
     "generation": {"lineup", "logprobs", "store", "tokenization"},
     "evaluation": {"estimators", "generation", "lineup", "logprobs", "packing", "probe", "store"},
     "prompts": {"formats", "reading", "tokenization"},
