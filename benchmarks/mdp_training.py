@@ -7,54 +7,15 @@ given, the optimiser starts at the SFT weights, and what is recorded comes from 
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from lorat.losses import dpo_loss, ipo_loss, kto_baseline, kto_loss
-from lorat.reference import UpdateRule
 
 from .mdp import LENGTH, Worlds, expectations, log_table
-
-
-@dataclass(frozen=True)
-class Reference:
-    """When the reference moves: after every `every` steps by `alpha`, or to the policy once it is `limit` away.
-
-    `limit`: mean |log-ratio| of policy against reference per token of the batch's completions, nats; 0 for no limit.
-    """
-
-    kind: str  # frozen, soft, hard or adaptive
-    alpha: float = 0.0
-    every: int = 1
-    limit: float = 0.0
-
-    @property
-    def lag(self) -> float:
-        """Mean age in optimiser steps in the long run; infinite if frozen, nan if adaptive (it has to be measured)."""
-        return math.nan if self.limit else UpdateRule(self.alpha, self.every).lag
-
-    def __str__(self) -> str:
-        if self.kind == "soft":
-            return f"soft α={self.alpha:g}" + (f" every {self.every}" if self.every > 1 else "")
-        return {"hard": f"hard τ={self.every}", "adaptive": f"adaptive {self.limit:g}"}.get(self.kind, self.kind)
-
-
-FROZEN = Reference("frozen")
-
-
-def soft(alpha: float, every: int = 1) -> Reference:
-    return Reference("soft", alpha, every)
-
-
-def hard(every: int) -> Reference:
-    return Reference("hard", 1.0, every)
-
-
-def adaptive(limit: float) -> Reference:
-    return Reference("adaptive", 1.0, 1, limit)
+from .study import Reference
 
 
 @dataclass(frozen=True)

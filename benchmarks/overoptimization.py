@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import multiprocessing
 import os
 import time
@@ -23,9 +22,12 @@ from torch import Tensor
 
 from . import report
 from .mdp import Worlds, draw_pairs, expectations, frontier, make_worlds
-from .mdp_tables import Run, comparison, robustness, scatter
-from .mdp_training import FROZEN, Job, Reference, adaptive, hard, soft, train
+from .mdp_training import Job, train
+from .study import FROZEN, Reference, Run, adaptive, hard, soft
+from .study_output import plain, print_tables, single_runs
+from .study_tables import comparison, robustness, scatter
 
+KLS = (1.0, 2.0, 2.5)  # nats at which policies are compared
 METHODS, REGIMES = ("dpo", "ipo", "kto"), ("fresh", "few")
 BETAS = (0.01, 0.018, 0.032, 0.056, 0.1, 0.18, 0.32, 0.56, 1.0, 1.8, 3.2)  # the frozen reference gets all of them
 INVERSE_LAMBDAS = torch.cat([torch.zeros(1), torch.logspace(-1.5, 2, 60)]).double()
@@ -134,60 +136,11 @@ def summary(study: Study, runs: list[Run], worlds: Worlds) -> dict[str, Any]:
         for method in study.methods:
             mine = [r for r in runs if (r.regime, r.method) == (regime, method)]
             out[f"{regime} {method}"] = {
-                "comparison": comparison(mine),
+                "comparison": comparison(mine, KLS),
                 "robustness": robustness(mine, sft["gold"]),
                 "scatter about a cubic": {x: scatter(mine, x) for x in ("beta_lag", "strength")},
             }
     return out
-
-
-def single_runs(runs: list[Run]) -> list[dict[str, Any]]:
-    """For the file: of each setting the ends in every world, and the trajectory of the means; four digits."""
-    short = lambda values: [float(f"{v:.4g}") for v in values.tolist()]  # noqa: E731
-    return [
-        {
-            **{
-                "regime": r.regime,
-                "kind": r.reference.kind,
-                "method": r.method,
-                "beta": r.beta,
-                "reference": str(r.reference),
-            },
-            **{"lag": short(r.lag.mean(0, True))[0], "moves": short(r.moves.mean(0, True))[0]},
-            **{"beta lag": None if math.isinf(r.beta_lag) else r.beta_lag, "strength": r.strength},
-            **{f"final {name}": short(getattr(r, name)[:, -1]) for name in ("gold", "kl", "ood")},
-            **{name: short(getattr(r, name).mean(0)) for name in ("gold", "kl", "ood")},
-        }
-        for r in runs
-    ]
-
-
-def plain(found: Any) -> Any:
-    """The same with `None` for nan, which JSON does not have, and 8 digits: a least-squares fit has no more."""
-    if isinstance(found, dict):
-        return {name: plain(value) for name, value in found.items()}
-    if isinstance(found, list):
-        return [plain(value) for value in found]
-    if isinstance(found, float):
-        return None if math.isnan(found) else float(f"{found:.8g}")
-    return found
-
-
-def print_tables(found: dict[str, Any]) -> None:
-    for name, of in found.items():
-        if "comparison" not in of:
-            continue
-        print(f"\n{name}: each family at its best, and minus frozen at its best (standard error over worlds)")
-        for family, row in of["comparison"].items():
-            for where, at in row.items():
-                gold, gain, ood = at["gold"], at["gold minus frozen"], at["ood minus frozen"]
-                numbers = f"{gold['mean']:6.3f}  {gain['mean']:+.3f} ({gain['se']:.3f})"
-                print(f"  {family:<17}{where:<19}{numbers}  ood {ood['mean']:+.4f} ({ood['se']:.4f})  {at['setting']}")
-        for row in of["robustness"]:
-            ends = " ".join(f"{beta}: {end:.3f}" for beta, end in row["final gold"].items())
-            print(
-                f"  {row['reference']:<20}{ends}   good decades of β {row['good decades']:.2f}, fall {row['fall']:.3f}"
-            )
 
 
 def main() -> None:
@@ -223,7 +176,7 @@ def main() -> None:
         whole["runs"] = single_runs(runs)
         chosen.out.write_text(json.dumps(whole, ensure_ascii=False) + "\n")
         if not chosen.toy:
-            from .mdp_figure import draw  # matplotlib is only needed here
+            from .study_figure import draw  # matplotlib is only needed here
 
             draw(whole, chosen.out.with_suffix(".png"))
     print(text)

@@ -52,6 +52,11 @@ _SENTENCE = rf"{_SUBJECT} {_VERB}(?: {_ADVERB})?(?: {_PREPOSITION} the (?:{_LOOK
 _GRAMMAR = re.compile(rf"{_SENTENCE}(?: {_SENTENCE})?")
 
 
+def grammatical(completion: str) -> bool:
+    """Whether it is one or two sentences of the toy's grammar."""
+    return _GRAMMAR.fullmatch(" ".join(completion.split())) is not None
+
+
 def gold_reward(prompt: str, completion: str) -> float:
     """The true quality of an answer, from −3 to 3.
 
@@ -64,7 +69,7 @@ def gold_reward(prompt: str, completion: str) -> float:
     asked = {word for word in prompt.split() if word in ANIMALS}
     content = [word for word in words if word not in FUNCTION_WORDS]
     reward = 1.0 * (named == asked)
-    reward += 1.0 * (_GRAMMAR.fullmatch(" ".join(words)) is not None)
+    reward += 1.0 * grammatical(completion)
     reward += 1.0 * bool(set(words) & KIND_WORDS)
     reward -= 1.0 * any(word in RUDE for word in words)
     reward -= 0.5 * min(2, len(content) - len(set(content)))

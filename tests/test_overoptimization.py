@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import mdp, mdp_tables, mdp_training
-from benchmarks.mdp_training import FROZEN, Job, Reference, adaptive, hard, soft
+from benchmarks import mdp, mdp_training, study_tables
+from benchmarks.mdp_training import Job
+from benchmarks.study import FROZEN, Reference, Run, adaptive, hard, soft
 from lorat.losses import dpo_loss, ipo_loss, kto_baseline, kto_loss
 from lorat.reference import Hard, Soft
 
@@ -201,19 +202,17 @@ def test_lag_is_the_measured_mean_age(worlds, batches):
 def test_reading_at_equal_kl():
     kl = torch.tensor([[0.0, 1.0, 4.0, 2.0], [0.0, 0.25, 0.5, 0.7]], dtype=torch.float64)
     gold = torch.tensor([[0.0, 1.0, 3.0, 9.0], [0.0, 1.0, 2.0, 3.0]], dtype=torch.float64)
-    read = mdp_tables.at_kl(kl, gold, 2.25).tolist()  # √2.25 lies half-way between √1 and √4
+    read = study_tables.at_kl(kl, gold, 2.25).tolist()  # √2.25 lies half-way between √1 and √4
     assert read[0] == pytest.approx(2.0) and math.isnan(read[1])
 
 
 def test_the_path_of_ends_starts_at_sft_and_follows_falling_beta():
     one = torch.ones(2, 1, dtype=torch.float64)
     runs = [
-        mdp_tables.Run(
-            "fresh", "dpo", beta, FROZEN, *(one * torch.tensor([i, x]) for i in range(3)), one[:, 0], one[:, 0]
-        )
+        Run("fresh", "dpo", beta, FROZEN, *(one * torch.tensor([i, x]) for i in range(3)), one[:, 0], one[:, 0])
         for beta, x in ((0.1, 30.0), (1.0, 10.0), (0.3, 20.0))
     ]
-    found = mdp_tables.ends(runs)
+    found = study_tables.ends(runs)
     assert {name: path[1].tolist() for name, path in found.items()} == {
         "gold": [0, 10, 20, 30],
         "kl": [1, 10, 20, 30],
@@ -223,16 +222,16 @@ def test_the_path_of_ends_starts_at_sft_and_follows_falling_beta():
 
 def test_the_best_setting_is_chosen_on_the_other_half_of_the_worlds():
     score = torch.tensor([[9.0, 0.0, 9.0, 1.0], [1.0, 2.0, 3.0, 4.0], [math.nan, 50.0, 50.0, 50.0]])
-    gold, other = mdp_tables.picked_elsewhere(score, score * 10)
+    gold, other = study_tables.picked_elsewhere(score, score * 10)
     assert gold.tolist() == [1, 0, 3, 1] and other.tolist() == [10, 0, 30, 10]
-    assert mdp_tables.paired(torch.tensor([1.0, 2.0, 3.0])) == {"mean": 2.0, "se": pytest.approx(1 / math.sqrt(3))}
+    assert study_tables.paired(torch.tensor([1.0, 2.0, 3.0])) == {"mean": 2.0, "se": pytest.approx(1 / math.sqrt(3))}
 
 
 def test_decades_of_beta_that_are_good():
     gold = {0.01: 0.0, 0.1: 2.0, 1.0: 1.0, 10.0: 0.0}
-    assert mdp_tables.good_decades(gold, 1.5) == pytest.approx(0.25 + 0.5)
-    assert mdp_tables.good_decades(gold, 1.0) == pytest.approx(0.5 + 1.0)
-    assert mdp_tables.good_decades(gold, 0.0) == pytest.approx(3.0) and mdp_tables.good_decades(gold, 3.0) == 0
+    assert study_tables.good_decades(gold, 1.5) == pytest.approx(0.25 + 0.5)
+    assert study_tables.good_decades(gold, 1.0) == pytest.approx(0.5 + 1.0)
+    assert study_tables.good_decades(gold, 0.0) == pytest.approx(3.0) and study_tables.good_decades(gold, 3.0) == 0
 
 
 def test_the_command_gives_the_same_numbers_again(tmp_path):

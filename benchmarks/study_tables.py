@@ -9,45 +9,12 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
-from .mdp_training import Reference
-
-KLS = (1.0, 2.0, 2.5)  # nats at which policies are compared
-
-
-@dataclass(frozen=True)
-class Run:
-    """One setting over all S worlds: `gold`, `kl`, `ood` are `(S, checkpoints)`; `lag` and `moves` `(S,)`; float64."""
-
-    regime: str
-    method: str
-    beta: float
-    reference: Reference
-    gold: Tensor
-    kl: Tensor
-    ood: Tensor
-    lag: Tensor
-    moves: Tensor
-
-    @property
-    def name(self) -> str:
-        return f"β={self.beta:g}, {self.reference}"
-
-    @property
-    def beta_lag(self) -> float:
-        """β times the lag in steps: by formula, or measured where the reference is adaptive."""
-        lag = self.lag.mean().item() if math.isnan(self.reference.lag) else self.reference.lag
-        return self.beta * lag
-
-    @property
-    def strength(self) -> float:
-        """`λ = β / (1 + Σα)`: the tilt SFT·exp(r/λ) that this run would end at, were every optimum reached at once."""
-        return self.beta / (1 + self.moves.mean().item())
+from .study import Run
 
 
 def at_kl(kl: Tensor, values: Tensor, level: float) -> Tensor:
@@ -100,7 +67,7 @@ def families(runs: list[Run]) -> dict[str, list[Run]]:
     return {name: members for name, members in kinds.items() if members}
 
 
-def readings(members: list[Run]) -> dict[str, tuple[list[str], Tensor, Tensor]]:
+def readings(members: list[Run], kls: Sequence[float]) -> dict[str, tuple[list[str], Tensor, Tensor]]:
     """What to choose from, by where it is read: names, gold and illegal mass `(choices, S)`.
 
     `end`: every setting at the end. `end, KL k`: a reference, its β chosen so that it ends at k nats, interpolated
@@ -113,10 +80,10 @@ def readings(members: list[Run]) -> dict[str, tuple[list[str], Tensor, Tensor]]:
         return torch.stack(list(tensors))
 
     out = {"end": (names, stacked(r.gold[:, -1] for r in members), stacked(r.ood[:, -1] for r in members))}
-    for k in KLS:
+    for k in kls:
         gold, ood = (stacked(at_kl(p["kl"], p[x], k) for p in by_reference.values()) for x in ("gold", "ood"))
         out[f"end, KL {k:g}"] = (list(by_reference), gold, ood)
-    for k in KLS:
+    for k in kls:
         gold, ood = (stacked(at_kl(r.kl, getattr(r, x), k) for r in members) for x in ("gold", "ood"))
         out[f"on the way, KL {k:g}"] = (names, gold, ood)
     return out
@@ -126,9 +93,10 @@ def _best(score: Tensor) -> int:
     return int(score.mean(1).nan_to_num(nan=-math.inf).argmax())
 
 
-def comparison(runs: list[Run]) -> dict[str, dict[str, dict[str, object]]]:
-    """Of one regime and method: each family at its best against the frozen reference at its best, world by world."""
-    read = {family: readings(members) for family, members in families(runs).items()}
+def comparison(runs: list[Run], kls: Sequence[float]) -> dict[str, dict[str, dict[str, object]]]:
+    """Of one regime and method: each family at its best against the frozen reference at its best, world by world, and at equal
+    KL of `kls` nats."""
+    read = {family: readings(members, kls) for family, members in families(runs).items()}
     picked = {
         family: {where: picked_elsewhere(gold, ood) for where, (_, gold, ood) in of.items()}
         for family, of in read.items()

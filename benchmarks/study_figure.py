@@ -1,4 +1,4 @@
-"""Pictures of `benchmarks.overoptimization`, from its JSON document: `python -m benchmarks.mdp_figure RESULTS.json`.
+"""Pictures of `benchmarks.overoptimization`, from its JSON document: `python -m benchmarks.study_figure RESULTS.json`.
 
 Two of them: NAME.png, three panels of DPO on fresh pairs; NAME-all.png, every method and regime against λ. White ground,
 the eight colours of Okabe and Ito, and a marker a kind, so that neither print nor colour blindness loses anything.
@@ -140,7 +140,7 @@ def draw(document: dict[str, Any], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.mdp_figure", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.study_figure", description=__doc__.splitlines()[0])
     parser.add_argument("results", type=Path, help="what benchmarks.overoptimization wrote with --out")
     given = parser.parse_args().results
     draw(json.loads(given.read_text()), given.with_suffix(".png"))
