@@ -1,8 +1,8 @@
 """Host memory while a real checkpoint is loaded in 4-bit. `python -m benchmarks.loading save|load FOLDER [CASE]`.
 
 `benchmarks.memory` runs both as processes of their own: one writes shards of random bf16 weights, the other loads them
-with `lorat.base.load_base` and watches its own /proc/self/status. RssFile is the mapped checkpoint, which the kernel
-drops when memory is short; RssAnon is what has to be there.
+with `lorat.base.load_base` and watches its own /proc/self/status. RssFile is what is mapped (libraries, and files of a
+checkpoint while they are), which the kernel drops when memory is short; RssAnon is what has to be there.
 """
 
 from __future__ import annotations
@@ -15,6 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
 
 from . import models
 
@@ -47,10 +51,22 @@ class Watch:
 
 
 def save(shape: dict[str, Any], folder: str, shard: str) -> dict[str, Any]:
-    """Write a checkpoint of `shape` in bf16, random values, in files of at most `shard`."""
-    model = models.build(shape, torch.device("cpu"), torch.bfloat16, load_in_4bit=False)
-    model.save_pretrained(folder, max_shard_size=shard)
-    files = list(Path(folder).glob("*.safetensors"))
+    """Write a checkpoint of `shape` in bf16, random values, in files of at most `shard`; never more than one in memory."""
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(models.configuration(shape), dtype=torch.bfloat16)
+    empty, place = dict(model.named_parameters()), Path(folder)
+    plan = split_torch_state_dict_into_shards(empty, max_shard_size=shard)
+    values = torch.randn(max(e.numel() for e in empty.values()), dtype=torch.bfloat16).mul_(0.02)
+    place.mkdir(exist_ok=True)
+    for name, members in plan.filename_to_tensors.items():
+        filled = {m: values[: empty[m].numel()].view(empty[m].shape).clone() for m in members}
+        save_file(filled, place / name, metadata={"format": "pt"})
+    index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+    if plan.is_sharded:
+        (place / "model.safetensors.index.json").write_text(json.dumps(index))
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(folder)
+    files = list(place.glob("*.safetensors"))
     return {"shards": len(files), "mb": sum(f.stat().st_size for f in files) / 1e6}
 
 

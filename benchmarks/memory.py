@@ -32,7 +32,6 @@ from .throughput import ROOT, Row, bytes_of
 
 PAIR = (256, 128, 128)  # prompt, chosen, rejected of the pairs that fill a pack
 TOY = {"type": "gpt_neox", "layers": 2, "hidden": 64, "heads": 2, "vocab": 512}
-LOADED = {"type": "gpt_neox", "layers": 20, "hidden": 1536, "heads": 12, "vocab": 50304}  # 0.7 billion parameters
 
 
 def examples(tokens: int, vocab: int, steps: int) -> list[Row]:
@@ -180,7 +179,7 @@ def options() -> argparse.ArgumentParser:
     add("--lora-r", type=int, default=16)
     add("--steps", type=int, default=200, help="of the long run")
     add("--memory-cap", type=bytes_of, help="of the GPU's memory, as a stand-in for a smaller card: 8GiB, say")
-    add("--shard", default="500MB", help="size of a file of the checkpoint that is loaded")
+    add("--shard", default="5GB", help="size of a file of the checkpoint that is loaded")
     add("--data", type=Path, default=Path(os.environ.get("LORAT_DATA", ROOT.parent / "shared" / "data")))
     add("--toy", action="store_true", help="everything small, for a test")
     add("--out", type=Path, help="also write the JSON document here")
@@ -223,7 +222,7 @@ def main() -> int:
     if "long" in chosen.parts:
         found["long"] = long_row(case, steps, chosen.data)
     if "load" in chosen.parts:
-        found["load"] = load_row(TOY if chosen.toy else LOADED, chosen.device, "200KB" if chosen.toy else chosen.shard)
+        found["load"] = load_row(shape, chosen.device, "200KB" if chosen.toy else chosen.shard)
     settings = {k: v for k, v in vars(chosen).items() if k not in ("out", "data", "case")} | {"shape": shape}
     text = report.document("benchmarks.memory", torch.device(chosen.device), settings=settings, **found)
     if chosen.out:

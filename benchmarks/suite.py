@@ -24,7 +24,8 @@ GPU: dict[str, list[str]] = {
     "kernel": ["benchmarks.kernel"],
     "sync": ["benchmarks.sync", "--device", "cuda"],
     "profile": ["benchmarks.profile", *BIG, "--packs", "2048", "8192"],
-    "memory": ["benchmarks.memory", "--model", "pythia-6.9b", "--packs", "2048", "8192", "--parts", "step", "load"],
+    "memory": ["benchmarks.memory", "--model", "pythia-6.9b", "--packs", "2048", "8192", "--parts", "step"],
+    "memory-load": ["benchmarks.memory", "--model", "pythia-6.9b", "--parts", "load"],
     "memory-8gb": ["benchmarks.memory", "--model", "pythia-6.9b", "--parts", "long", "--memory-cap", "8GiB"],
     "throughput-24gb": ["benchmarks.throughput", *BIG, "--memory-cap", "24GiB", "--steps", "8", "--repeats", "1"],
 }
@@ -43,7 +44,8 @@ CPU: dict[str, list[str]] = {
         "1",
     ],
     "profile": ["benchmarks.profile", "--packs", "2048", "--steps", "2", "--warmup", "1"],
-    "memory": ["benchmarks.memory", "--toy"],  # a model of real size is for a GPU
+    "memory": ["benchmarks.memory", "--toy"],  # a step of a model of real size is for a GPU
+    "memory-load": ["benchmarks.memory", "--model", "pythia-6.9b", "--parts", "load"],  # 14 GB of disk for a while
     "sync": ["benchmarks.sync", "--device", "cpu"],
     "blend-error": ["benchmarks.blend_error"],
 }

@@ -1,4 +1,4 @@
-"""The tables of docs/performance.md and the README, made from the JSON in `benchmarks/results/`, never by hand.
+"""The tables of docs/performance.md, docs/memory.md and the README, made from the JSON in `benchmarks/results/`, never by hand.
 
 `python -m benchmarks.tables` rewrites what stands between `<!-- table: NAME -->` and `<!-- end -->`. Each table says which
 command, commit, machine and versions it comes from; a table without results says that it was not measured.
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "docs" / "performance.md", ROOT / "README.md"]
+PAGES = [ROOT / "docs" / "performance.md", ROOT / "docs" / "memory.md", ROOT / "README.md"]
 Document = dict[str, Any]
 
 
@@ -83,16 +83,31 @@ def memory(document: Document) -> str:
         parts.append(
             f"{run['steps']} steps with {pack} under a cap of {document['settings']['memory_cap']} bytes: {ended}."
         )
+    if load := document["load"]:
+        gib = lambda mb: f"{mb * 1e6 / 2**30:.2f}"  # noqa: E731
+        size, peak, grown = load["quantised_mb"], load["peak_mb"]["VmRSS"], load["grown_mb"]
+        rows = [
+            [f"checkpoint in bf16, {load['checkpoint']['shards']} files", gib(load["checkpoint"]["mb"]), ""],
+            ["the model in 4-bit", gib(size), "1.00"],
+            ["process at its peak, all that is resident", gib(peak), ""],
+            ["grown while loading", gib(grown["VmRSS"]), f"{grown['VmRSS'] / size:.2f}"],
+            ["of it mapped files", gib(grown["RssFile"]), f"{grown['RssFile'] / size:.2f}"],
+        ]
+        parts.append(markdown(["host memory", "GiB", "of the 4-bit size"], rows))
     return "\n\n".join(parts)
 
 
+NAMES = ("profile", "memory", "memory-load", "memory-8gb", "throughput", "throughput-24gb")
 KINDS: dict[str, Callable[[Document], str]] = {"throughput": throughput, "profile": profile, "memory": memory}
 
 
 def table(name: str, results: Path) -> str:
     """The tables of every `NAME-*.json`, the newest machine's name last; or that there is none."""
     parts = []
+    longer = [other for other in NAMES if other.startswith(f"{name}-")]
     for path in sorted(results.glob(f"{name}-*.json")):
+        if any(path.name.startswith(f"{other}-") for other in longer):
+            continue  # memory-8gb-h200.json is not a machine's "memory"
         document = json.loads(path.read_text())
         parts.append(f"{KINDS[name.partition('-')[0]](document)}\n\n{provenance(document)}")
     return "\n\n".join(parts) or "*Not measured yet.*"

@@ -6,11 +6,14 @@ weights (0.52 byte a parameter with double quantisation), and embeddings and hea
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, modeling_utils
 
 from .errors import ConfigError, ModelError, first_line
 
@@ -68,7 +71,8 @@ def load_base(config: TrustRegionConfig) -> PreTrainedModel:
     if config.load_in_4bit and getattr(model_config, "quantization_config", None) is None:
         kwargs["quantization_config"] = quantization_config(config)
     try:
-        model = AutoModelForCausalLM.from_pretrained(name, **kwargs)
+        with reading_in_turn():
+            model = AutoModelForCausalLM.from_pretrained(name, **kwargs)
     except (OSError, ValueError) as error:
         raise ModelError(
             f"the weights of {name!r} could not be loaded ({first_line(error)}). lorat reads safetensors only: the "
@@ -80,6 +84,29 @@ def load_base(config: TrustRegionConfig) -> PreTrainedModel:
     model.requires_grad_(False)
     keep_trainable_on_cpu_(model)
     return model
+
+
+@contextmanager
+def reading_in_turn() -> Iterator[None]:
+    """Inside, transformers reads each tensor of a safetensors file when it is its turn, as it does on Windows.
+
+    Elsewhere it maps the files, and what was read stays resident until the last tensor is loaded: for a base that ends in
+    4-bit, twice its size and more. safetensors that cannot read in turn (before 0.8) are left to map.
+    """
+    library: Any = modeling_utils
+    known = library.safe_open
+    try:
+        in_turn = "backend" in inspect.signature(known).parameters
+    except ValueError:
+        in_turn = False
+    if not in_turn:
+        yield
+        return
+    library.safe_open = lambda *args, **how: known(*args, **{**how, "backend": "pread"})
+    try:
+        yield
+    finally:
+        library.safe_open = known
 
 
 def quantize_embeddings_(model: Any, kind: str) -> None:

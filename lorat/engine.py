@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -94,13 +95,10 @@ class Engine:
     def token_logprobs(self, groups: list[Group]) -> list[Tensor]:
         """Log-probs of each completion's tokens under the active adapter, pack by pack, in host memory."""
         out: dict[int, Tensor] = {}
-        counts = [len(cs) for _, cs in groups]
-        firsts = [sum(counts[:i]) for i in range(len(counts))]
-        for indices in self.packer.split(groups):
+        for indices, places in self.packer.places(groups):
             pack = self.packer.pack([groups[i] for i in indices]).to(self.args.device)
             with self.autocast():
                 tokens = token_logprobs(self.model, self.head, pack)
-            places = [firsts[i] + k for i in indices for k in range(counts[i])]
             out.update(zip(places, tokens.cpu().split(pack.lengths), strict=True))
         return [out[k] for k in sorted(out)]
 
@@ -141,10 +139,13 @@ class Engine:
         """
         groups = self._joined(batch.examples, partners)
         prompts, added = (sum(len(p) for p, _ in groups), sum(len(m) for m in partners if m is not None))
-        dropout = any(isinstance(m, nn.Dropout) and m.p > 0 for m in self.model.modules())
-        worth = not self.model.training or (prompts > 2 * added and not dropout)
+        worth = not self.model.training or (prompts > 2 * added and not self._dropout)
         fits = self.packer.shared and worth and self.packer.tokens(groups) <= self.packer.budget
         return self.summed(torch.tensor(float(not fits))).item() == 0
+
+    @cached_property
+    def _dropout(self) -> bool:
+        return any(isinstance(m, nn.Dropout) and m.p > 0 for m in self.model.modules())
 
     def _joined(self, examples: Sequence[Any], partners: Sequence[Sequence[int] | None]) -> list[Group]:
         groups = (self.objective.group(e) for e in examples)

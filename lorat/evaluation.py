@@ -8,7 +8,6 @@ docs/evaluation.md derives both. Left out: judges and benchmarks; `lorat generat
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
@@ -58,19 +57,16 @@ def token_passes(
 
     A pack that `pieces` holds is not computed again. `done` is called with the groups of each pack.
     """
-    counts = [len(cs) for _, cs in groups]
-    firsts = [0, *itertools.accumulate(counts)]
     out: dict[str, list[Tensor]] = {}
     for name in lineup.names:
         rows: dict[int, Tensor] = {}
-        for k, indices in enumerate(packs.split(groups)):
+        for k, (indices, places) in enumerate(packs.places(groups)):
             key = f"logps/{name}/{k}"
             lengths = [len(c) for i in indices for c in groups[i][1]]
             if key not in pieces:
                 pack = packs.pack([groups[i] for i in indices]).to(lineup.device)
                 with lineup.using(name):
                     pieces[key] = pack_floats(token_logprobs(lineup.model, lineup.head, pack))
-            places = [firsts[i] + j for i in indices for j in range(counts[i])]
             rows.update(zip(places, unpack_floats(pieces[key]).split(lengths), strict=True))
             done(len(indices))
         out[name] = [rows[i] for i in range(len(rows))]

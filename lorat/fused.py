@@ -46,17 +46,25 @@ def fuse_(model: nn.Module) -> bool:
 
 
 def fits(layer: Any) -> bool:
-    """Whether a LoRA layer is a plain one, on a plain or 4-bit linear layer."""
-    if type(layer) not in (LoraLinear, LoraLinear4bit) or layer.lora_variant or getattr(layer, "fan_in_fan_out", False):
+    """Whether a LoRA layer and every adapter on it are plain, on a plain or 4-bit linear layer."""
+    if type(layer) not in (LoraLinear, LoraLinear4bit) or getattr(layer, "fan_in_fan_out", False):
         return False
     base = layer.base_layer
     packed = getattr(base.weight, "quant_state", None) is not None
     if type(base) is not nn.Linear and not (packed and type(base).__name__ == "Linear4bit"):
         return False
-    biased = any(b.bias is not None for b in layer.lora_B.values())
-    dropout = any(isinstance(d, nn.Dropout) and d.p > 0 for d in layer.lora_dropout.values())
     trained = any(p.requires_grad for p in base.parameters())
-    return not (biased or dropout or trained)
+    return not trained and all(plain(layer, name) for name in layer.lora_A)
+
+
+def plain(layer: Any, name: str) -> bool:
+    """Whether one adapter of a layer is `B A` and nothing else; cheap, since every forward pass asks."""
+    dropout = layer.lora_dropout[name]
+    return (
+        name not in layer.lora_variant
+        and layer.lora_B[name].bias is None
+        and not (isinstance(dropout, nn.Dropout) and dropout.p > 0)
+    )
 
 
 def computing(
@@ -67,12 +75,13 @@ def computing(
     return nullcontext if by_itself else autocast
 
 
-def _forward(plain: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def _forward(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         names = [name for name in self.active_adapters if name in self.lora_A]
-        if self.disable_adapters or self.merged or len(names) != 1 or args or kwargs or not fits(self):
-            return plain(x, *args, **kwargs)
-        base, (name,) = self.base_layer, names
+        base, one = self.base_layer, not self.disable_adapters and len(names) == 1 and plain(self, names[0])
+        if not one or self.merged or args or kwargs or base.weight.requires_grad:
+            return original(x, *args, **kwargs)
+        (name,) = names
         state = getattr(base.weight, "quant_state", None)
         return lora_linear(
             x,

@@ -9,6 +9,7 @@ packs decides memory, never the mathematics: an example (a pair, a KTO completio
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -103,6 +104,11 @@ class Packer:
         if self.shared:
             return split_groups([self.tokens([g]) for g in groups], self.budget)
         return split_rows([[len(p) + len(c) for c in cs] for p, cs in groups], self.budget)
+
+    def places(self, groups: Sequence[Group]) -> list[tuple[list[int], list[int]]]:
+        """For each pack of `split`: its groups, and where their completions stand among those of all groups."""
+        firsts = [0, *itertools.accumulate(len(cs) for _, cs in groups)]
+        return [(pack, [k for i in pack for k in range(firsts[i], firsts[i + 1])]) for pack in self.split(groups)]
 
     def pack(self, groups: Sequence[Group]) -> Pack:
         return share_prompts(groups) if self.shared else pad_rows(groups, self.pad_id)

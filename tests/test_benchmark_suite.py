@@ -14,7 +14,6 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    sys.path.insert(0, str(ROOT))
     folder = tmp_path_factory.mktemp("results")
     command = [sys.executable, "-m", "benchmarks.profile", "--toy", "--out", str(folder / "profile-cpu.json")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
@@ -65,3 +64,17 @@ def test_a_throughput_table_says_when_there_is_no_ratio():
     row = dict(workload="tldr", lengths="synthetic", method="kto", pairs=1, checkpointing=True, lorat=side, ratio=None)
     text = tables.throughput({"rows": [{**row, "trl": {"refused": "batch size"}}]})
     assert text.splitlines()[-1] == "| tldr (synthetic), kto, 1 a step | refused | 2.00 | - | - | 20 | - | 5 |"
+
+
+def test_a_table_takes_its_own_files_and_not_those_of_a_longer_name(tmp_path):
+    from benchmarks import tables
+
+    mb = {"VmRSS": 3221.225472, "RssFile": 536.870912}  # 3 GiB and half a GiB
+    load = {"checkpoint": {"shards": 4, "mb": 4294.967296}, "quantised_mb": 2147.483648, "peak_mb": mb, "grown_mb": mb}
+    about = {"command": "c", "commit": "f00", "device": {"name": "CPU"}, "versions": {}, "step": [], "long": None}
+    (tmp_path / "memory-load-cpu.json").write_text(json.dumps(about | {"load": load}))
+    assert tables.table("memory", tmp_path) == "*Not measured yet.*"
+    text = tables.table("memory-load", tmp_path)
+    assert "| checkpoint in bf16, 4 files | 4.00 |  |" in text and "| the model in 4-bit | 2.00 | 1.00 |" in text
+    assert "| grown while loading | 3.00 | 1.50 |" in text and "| of it mapped files | 0.50 | 0.25 |" in text
+    assert "commit f00" in text

@@ -140,6 +140,24 @@ def test_other_layers_keep_pefts_forward(change):
     torch.testing.assert_close(policy(input_ids=ids).logits, twin(input_ids=ids).logits, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("late", [dict(lora_bias=True), dict(use_dora=True)])
+def test_an_adapter_that_comes_after_fusing_is_looked_at_too(late):
+    policy = adapted(make("Llama", SHARED["Llama"]))
+    assert fuse_(policy)
+    policy.add_adapter("late", LoraConfig(r=4, target_modules=["q_proj"], **late))
+    with torch.no_grad():
+        for n, p in policy.named_parameters():
+            if "lora_" in n and ".late" in n:
+                p.normal_(std=0.1)
+    policy.set_adapter("late")
+    ids = torch.randint(3, 97, (2, 9))
+    found = policy(input_ids=ids).logits
+    for module in policy.modules():
+        if hasattr(module, "lora_A"):
+            module.__dict__.pop("forward", None)
+    torch.testing.assert_close(found, policy(input_ids=ids).logits, rtol=0, atol=1e-5)
+
+
 def test_two_adapters_at_once_and_merged_weights_go_pefts_way():
     policy = adapted(make("Llama", SHARED["Llama"]))
     fuse_(policy)

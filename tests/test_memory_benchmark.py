@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks import loading, memory, models
+from lorat.base import load_base
+from lorat.config import TrustRegionConfig
 
 ROOT = Path(__file__).parents[1]
 
@@ -46,6 +48,26 @@ def test_a_step_is_one_pack_of_exactly_so_many_tokens(tokens):
     per_step = [made[i : i + len(made) // 3] for i in range(0, len(made), len(made) // 3)]
     sizes = [sum(len(v) for e in step for k, v in e.items() if k != "row") for step in per_step]
     assert sizes == [tokens] * 3
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="mapped files are listed on Linux only")
+def test_a_checkpoint_is_not_mapped_while_it_is_loaded_in_4bit(tmp_path, monkeypatch):
+    """What is mapped stays resident: with the shards of a 16-bit base that is more than the base in 4-bit."""
+    import bitsandbytes.functional as bnb
+    from transformers import modeling_utils
+
+    folder = tmp_path / "model"
+    loading.save(memory.TOY, str(folder), "200KB")
+    quantize, opened, seen = bnb.quantize_4bit, modeling_utils.safe_open, []
+
+    def looking(*args, **kwargs):
+        seen.append(str(folder) in Path("/proc/self/maps").read_text())
+        return quantize(*args, **kwargs)
+
+    monkeypatch.setattr(bnb, "quantize_4bit", looking)
+    load_base(TrustRegionConfig(output_dir=str(tmp_path), model_name_or_path=str(folder), use_cpu=True, bf16=False))
+    assert len(seen) == 8 and not any(seen)
+    assert modeling_utils.safe_open is opened
 
 
 def test_the_watch_sees_memory_that_comes_and_goes():

@@ -82,6 +82,21 @@ def test_every_method_and_rule_resumes_exactly(neox, tmp_path, method, sync):
     assert_same(resumed, whole)
 
 
+def test_paged_8bit_adamw_resumes_exactly(neox, tmp_path):
+    changes = dict(optim="paged_adamw_8bit", lora_r=64)  # from 4,096 numbers on a tensor's state is held in 8 bits
+    whole = driver.make(neox, str(tmp_path / "whole"), **changes)
+    whole.train()
+    states = [s["state1"].dtype for s in whole.optimizer.optimizer.state.values() if "state1" in s]
+    assert torch.uint8 in states
+    part = tmp_path / "part"
+    shutil.copytree(tmp_path / "whole", part)
+    for name in ("checkpoint-8", "checkpoint-10"):
+        shutil.rmtree(part / name)
+    resumed = driver.make(neox, str(part), **changes)
+    resumed.train(resume_from_checkpoint="auto")
+    assert_same(resumed, whole)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_after_the_step_and_the_run_goes_on_exactly(neox, tmp_path, uninterrupted, number):
     before = signal.getsignal(number)
