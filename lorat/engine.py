@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -139,13 +138,10 @@ class Engine:
         """
         groups = self._joined(batch.examples, partners)
         prompts, added = (sum(len(p) for p, _ in groups), sum(len(m) for m in partners if m is not None))
-        worth = not self.model.training or (prompts > 2 * added and not self._dropout)
+        dropout = any(isinstance(m, nn.Dropout) and m.p > 0 for m in self.model.modules())
+        worth = not self.model.training or (prompts > 2 * added and not dropout)
         fits = self.packer.shared and worth and self.packer.tokens(groups) <= self.packer.budget
         return self.summed(torch.tensor(float(not fits))).item() == 0
-
-    @cached_property
-    def _dropout(self) -> bool:
-        return any(isinstance(m, nn.Dropout) and m.p > 0 for m in self.model.modules())
 
     def _joined(self, examples: Sequence[Any], partners: Sequence[Sequence[int] | None]) -> list[Group]:
         groups = (self.objective.group(e) for e in examples)
