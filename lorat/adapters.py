@@ -117,9 +117,15 @@ def _wrap(model: PreTrainedModel, peft_config: PeftConfig) -> PeftModel:
     try:
         return get_peft_model(model, peft_config, adapter_name=POLICY)
     except ValueError as error:
+        linear = sorted({n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear)})
+        if "incompatible with Mamba" in str(error):
+            raise ModelError(
+                f"lora_target_modules={targets if isinstance(targets, str) else sorted(targets)} cannot work with "
+                f"{type(model).__name__}: PEFT adapts no out_proj and no conv1d of a model with Mamba layers. Name other "
+                f"layers; its linear ones are called {', '.join(n for n in linear if n not in (head, 'out_proj'))}."
+            ) from error
         if "not found in the base model" not in str(error) and "No modules were targeted" not in str(error):
             raise
-        linear = sorted({n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear)})
         raise ModelError(
             f"lora_target_modules={sorted(targets)} matches nothing in {type(model).__name__}, so nothing would be "
             f"trained. Its linear layers are called: {', '.join(n for n in linear if n != head)}. Set some of those, "

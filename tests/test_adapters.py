@@ -260,3 +260,13 @@ def test_a_file_that_peft_wrote_comes_back_bit_for_bit(neox, tmp_path):
     for name, value in on_disk(sft).items():
         assert torch.equal(tensors(other, "ref")[name], value)
         assert not torch.equal(tensors(other, "default")[name], value)
+
+
+def test_mamba_layers_that_peft_does_not_adapt_are_named():
+    from architectures import SEPARATE, make
+
+    with pytest.raises(
+        ModelError, match="lora_target_modules=all-linear cannot work with FalconH1ForCausalLM"
+    ) as error:
+        attach(make("FalconH1", SEPARATE["FalconH1"][0]))
+    assert "q_proj" in str(error.value) and "out_proj, " not in str(error.value).rpartition("called")[2]
