@@ -114,10 +114,10 @@ def _wrap(model: PreTrainedModel, peft_config: PeftConfig) -> PeftModel:
         )
     peft_config = copy.deepcopy(peft_config)
     peft_config.inference_mode = False
+    linear = sorted({n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear)})
     try:
         return get_peft_model(model, peft_config, adapter_name=POLICY)
     except ValueError as error:
-        linear = sorted({n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear)})
         if "incompatible with Mamba" in str(error):
             raise ModelError(
                 f"lora_target_modules={targets if isinstance(targets, str) else sorted(targets)} cannot work with "
