@@ -140,6 +140,9 @@ def main() -> None:
         chosen.out.parent.mkdir(parents=True, exist_ok=True)
         whole = json.loads(text) | {"runs": plain(single_runs(runs))}
         chosen.out.write_text(json.dumps(whole, ensure_ascii=False) + "\n")
+        from .study_figure import draw  # matplotlib is only needed here
+
+        draw(whole, chosen.out.with_suffix(".png"))
     print(text)
 
 

@@ -1,7 +1,8 @@
-"""Pictures of `benchmarks.overoptimization`, from its JSON document: `python -m benchmarks.study_figure RESULTS.json`.
+"""Pictures of the two studies, from their JSON documents: `python -m benchmarks.study_figure RESULTS.json`.
 
-Two of them: NAME.png, three panels of DPO on fresh pairs; NAME-all.png, every method and regime against λ. White ground,
-the eight colours of Okabe and Ito, and a marker a kind, so that neither print nor colour blindness loses anything.
+Of the exact one two: NAME.png, three panels of DPO on fresh pairs; NAME-all.png, every method and regime against λ. Of the
+language model's one: a row of three panels a method and regime. White ground, the eight colours of Okabe and Ito, and a
+marker a kind, so that neither print nor colour blindness loses anything.
 """
 
 from __future__ import annotations
@@ -51,7 +52,8 @@ def named(run: Run) -> str:
 
 def shown(runs: list[Run]) -> list[Run]:
     """The best of each kind, the frozen reference at a β too small and one too large, and the one that barely lags."""
-    best = [max((r for r in runs if kind(r) == k), key=end) for k in ("frozen", "soft", "hard", "adaptive", "barely")]
+    kinds = [k for k in ("frozen", "soft", "hard", "adaptive", "barely") if any(kind(r) == k for r in runs)]
+    best = [max((r for r in runs if kind(r) == k), key=end) for k in kinds]
     betas = sorted(r["beta"] for r in runs if r["kind"] == "frozen")
     at = betas.index(best[0]["beta"])
     near = {betas[max(at - 3, 0)], betas[min(at + 3, len(betas) - 1)]} - {best[0]["beta"]}
@@ -72,6 +74,8 @@ def trajectories(axes: Axes, runs: list[Run], what: str) -> None:
 def against(axes: Axes, runs: list[Run], what: str) -> None:
     for k in ("soft", "hard", "adaptive", "barely"):
         chosen = [r for r in runs if kind(r) == k and r["moves"] > 0]
+        if not chosen:
+            continue
         label = "soft, α = 0.6 every step" if k == "barely" else k
         xs, ys = [r[what] for r in chosen], [end(r) for r in chosen]
         axes.plot(xs, ys, MARKERS[k], color=COLORS[k], ms=5, mec="white", mew=0.5, label=label)
@@ -116,13 +120,9 @@ def all_panels(document: dict[str, Any], path: Path) -> None:
     for row, regime in zip(grid, regimes, strict=True):
         for axes, method in zip(row, methods, strict=True):
             runs = [r for r in document["runs"] if (r["regime"], r["method"]) == (regime, method)]
-            frozen = sorted((r for r in runs if r["kind"] == "frozen"), key=lambda r: r["beta"])
-            xs, ys = [r["strength"] for r in frozen], [end(r) for r in frozen]
-            axes.plot(xs, ys, "s-", color="black", ms=4, lw=1.2, label="frozen")
-            against(axes, runs, "strength")
+            of_strength(axes, runs)
             axes.set_title(f"{method.upper()}, {titles[regime]}", loc="left", fontsize=10)
             axes.set_ylim(0, 2)
-            axes.invert_xaxis()
         row[0].set_ylabel("gold reward at the end")
     for axes in grid[-1]:
         axes.set_xlabel("λ = β / (1 + Σα), falling")
@@ -131,9 +131,44 @@ def all_panels(document: dict[str, Any], path: Path) -> None:
     plt.close(figure)
 
 
+def of_strength(axes: Axes, runs: list[Run]) -> None:
+    """Reward at the end against λ: the frozen reference's line, and a point for each other setting."""
+    frozen = sorted((r for r in runs if r["kind"] == "frozen"), key=lambda r: r["beta"])
+    axes.plot(
+        [r["strength"] for r in frozen], [end(r) for r in frozen], "s-", color="black", ms=4, lw=1.2, label="frozen"
+    )
+    against(axes, runs, "strength")
+    axes.invert_xaxis()
+
+
+def language_panels(document: dict[str, Any], path: Path) -> None:
+    settings = document["settings"]
+    cases = [(method, regime) for method in settings["methods"] for regime in settings["regimes"]]
+    size = (12, 0.4 + 3.6 * len(cases))
+    figure, grid = plt.subplots(len(cases), 3, figsize=size, layout="constrained", squeeze=False)
+    titles = {"fresh": "fresh pairs, one epoch", "few": f"{settings['few']} pairs, many epochs"}
+    for (gold, ood, strength), (method, regime) in zip(grid, cases, strict=True):
+        runs = [r for r in document["runs"] if (r["regime"], r["method"]) == (regime, method)]
+        for axes, what, label in ((gold, "gold", "gold reward"), (ood, "ood", "ungrammatical answers")):
+            trajectories(axes, shown(runs), what)
+            axes.set_xscale("symlog", linthresh=0.1)
+            axes.set_xlim(0)
+            axes.set_ylabel(label)
+        gold.set_title(f"{method.upper()}, {titles[regime]}", loc="left", fontsize=10)
+        gold.legend(loc="lower left")
+        of_strength(strength, runs)
+        strength.set_xlabel("λ = β / (1 + Σα), falling")
+        strength.set_ylabel("gold reward at the end")
+        strength.legend(loc="lower left")
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
 def draw(document: dict[str, Any], path: Path) -> None:
-    """Write `path` (needs DPO on fresh pairs) and the same with `-all`."""
+    """Write `path`, and of the exact study (the former only with DPO on fresh pairs) the same with `-all`."""
     with plt.rc_context(STYLE):
+        if "frontier" not in document["results"]:
+            return language_panels(document, path)
         if "fresh dpo" in document["results"]:
             three_panels(document, path)
         all_panels(document, path.with_stem(path.stem + "-all"))
@@ -141,6 +176,6 @@ def draw(document: dict[str, Any], path: Path) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m benchmarks.study_figure", description=__doc__.splitlines()[0])
-    parser.add_argument("results", type=Path, help="what benchmarks.overoptimization wrote with --out")
+    parser.add_argument("results", type=Path, help="what a study wrote with --out")
     given = parser.parse_args().results
     draw(json.loads(given.read_text()), given.with_suffix(".png"))

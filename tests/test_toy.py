@@ -57,6 +57,20 @@ def test_gold_reward_by_hand(completion, reward):
     assert toy.gold_reward(DOG, completion) == reward
 
 
+@pytest.mark.parametrize(
+    ("completion", "right"),
+    [
+        ("the small sweet dog sleeps softly in the sunny garden .", True),
+        ("the dog sleeps .  it sings .", True),
+        ("the sweet sweet dog sleeps .", False),
+        ("the dog sleeps", False),
+        ("", False),
+    ],
+)
+def test_what_is_grammatical(completion, right):
+    assert toy.grammatical(completion) is right
+
+
 def test_demonstrations_leave_room_above():
     rows = toy.demonstrations(2000, seed=3)
     rewards = [toy.gold_reward(row["prompt"], row["completion"]) for row in rows]
