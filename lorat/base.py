@@ -6,7 +6,6 @@ weights (0.52 byte a parameter with double quantisation), and embeddings and hea
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -91,17 +90,10 @@ def reading_in_turn() -> Iterator[None]:
     """Inside, transformers reads each tensor of a safetensors file when it is its turn, as it does on Windows.
 
     Elsewhere it maps the files, and what was read stays resident until the last tensor is loaded: for a base that ends in
-    4-bit, twice its size and more. safetensors that cannot read in turn (before 0.8) are left to map.
+    4-bit, more than three times its size.
     """
     library: Any = modeling_utils
     known = library.safe_open
-    try:
-        in_turn = "backend" in inspect.signature(known).parameters
-    except ValueError:
-        in_turn = False
-    if not in_turn:
-        yield
-        return
     library.safe_open = lambda *args, **how: known(*args, **{**how, "backend": "pread"})
     try:
         yield
