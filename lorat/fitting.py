@@ -123,6 +123,9 @@ def _changes(config: TrustRegionConfig) -> Iterator[dict[str, Any]]:
         yield {"optim": "paged_adamw_8bit"}
     if config.ref_rank and config.ref_rank > config.lora_r:
         yield {"ref_rank": None}
+    how = getattr(config, f"{CHECKPOINTING}_kwargs") or {}
+    if not how.get("offload"):
+        yield {f"{CHECKPOINTING}_kwargs": {**how, "offload": True}}
     if config.quantize_embeddings != "4bit":
         yield {"quantize_embeddings": "8bit"} if config.quantize_embeddings is None else {"quantize_embeddings": "4bit"}
     if config.lora_r > 8:

@@ -175,6 +175,7 @@ class Planner:
     def plan_of(self, tokens: int, step: Step, available: int | None) -> Plan:
         """The plan where a pack takes what `step` says."""
         kept = "inputs of the layers" if self.config.checkpointing else "all layers' activations"
+        kept += ", in host memory" if self.simulation.offload else ""
         moment = [
             Item(f"activations kept ({kept})", step.kept, "pack"),
             Item("one layer at work", step.work, "pack", "recomputed activations and gradients"),

@@ -23,6 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from . import attention
 from .blueprint import quantisation_state
+from .config import CHECKPOINTING
 from .fused import fuse_, native
 from .ledger import Ledger, empty
 from .logprobs import Head, backbone, policy_and_reference
@@ -64,16 +65,20 @@ class Simulation:
         half = torch.bfloat16 if config.bf16 else torch.float16
         self.autocast = bool(config.bf16 or config.fp16) and not (config.bf16 and fused and native(model, half))
         self._half = half
-        self.layers, self.times = _shorten_(model)
+        self.offload = False
+        if config.checkpointing:
+            how = dict(getattr(config, f"{CHECKPOINTING}_kwargs") or {})
+            self.offload = bool(how.get("offload"))
+            every = {"every_n_layers": how["every_n_layers"]} if "every_n_layers" in how else {}
+            model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False}, **every)
+            model.enable_input_require_grads()
+        self.layers, self.times = _shorten_(model, first=not config.checkpointing)
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         with self.mode:
             _imagine_(model)
         base: Any = model.get_base_model()
         self.shared = config.prefix_sharing is not False and attention.install(base)
         model.train()
-        if config.checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
-            model.enable_input_require_grads()
 
     def step(self, groups: Sequence[tuple[int, Sequence[int]]]) -> Step:
         """Memory of one pack of `groups`, each a prompt's tokens and those of its completions."""
@@ -128,6 +133,9 @@ class Simulation:
         held = [{k: e.size for k, e in ledger.alive(at).items() if k in kept} for at in bounds]
         by_layer = [sum(after.values()) - sum(before.values()) for before, after in itertools.pairwise(held)]
         more = sum(size * (times - 1) for size, times in zip(by_layer, self.times))
+        if self.offload:  # what checkpointed layers keep is in host memory, but for the one at work
+            hosted = [size * self._checkpointed(layer) for size, layer in zip(by_layer, self.layers)]
+            more -= sum(size * times for size, times in zip(hosted, self.times)) - max(hosted)
         before, after = ledger.peak(0, reference), ledger.peak(reference)
         most, at = (after[0] + more, after[1]) if after[0] + more >= before[0] else before
         extra = more if most == after[0] + more else 0
@@ -138,16 +146,23 @@ class Simulation:
         step.kept += extra
         return step
 
+    @staticmethod
+    def _checkpointed(layer: nn.Module) -> bool:
+        return bool(getattr(layer, "gradient_checkpointing", False))
 
-def _shorten_(model: PeftModel) -> tuple[list[nn.Module], list[int]]:
-    """Leave two layers of each kind; returns them, and for how many of the whole model each of them stands."""
+
+def _shorten_(model: PeftModel, first: bool) -> tuple[list[nn.Module], list[int]]:
+    """Leave two layers of each kind; returns them, and for how many of the whole model each of them stands.
+
+    `first`: the first layer is a kind of its own: its input needs no gradient, so that it keeps less than the others.
+    """
     base: Any = model.get_base_model()
     n = base.config.get_text_config().num_hidden_layers
     lists = [m for m in backbone(model).modules() if isinstance(m, nn.ModuleList) and len(m) == n]
     if not lists:
         raise NotImplementedError(f"no list of {n} layers was found in {type(base).__name__}")
     layers = lists[0]
-    kinds = [_kind(layer) for layer in layers]
+    kinds = [(_kind(layer), first and i == 0) for i, layer in enumerate(layers)]
     left, chosen = Counter[Any](), []
     for i in reversed(range(n)):
         if left[kinds[i]] < 2:
@@ -165,9 +180,11 @@ def _shorten_(model: PeftModel) -> tuple[list[nn.Module], list[int]]:
 
 
 def _kind(layer: nn.Module) -> tuple:
-    return tuple((name, type(m).__name__) for name, m in layer.named_modules()) + tuple(
-        (name, tuple(p.shape), p.dtype) for name, p in layer.named_parameters()
+    """What layers have in common that take the same memory: their modules, parameters and checkpointing."""
+    modules = tuple(
+        (name, type(m).__name__, getattr(m, "gradient_checkpointing", None)) for name, m in layer.named_modules()
     )
+    return modules + tuple((name, tuple(p.shape), p.dtype) for name, p in layer.named_parameters())
 
 
 def _tensors(model: nn.Module) -> Iterator[Tensor]:
