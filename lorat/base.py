@@ -67,6 +67,8 @@ def load_base(config: TrustRegionConfig) -> PreTrainedModel:
     )
     if config.attn_implementation:
         kwargs["attn_implementation"] = config.attn_implementation
+    elif getattr(model_config.get_text_config(), "attn_logit_softcapping", None):
+        kwargs["attn_implementation"] = "eager"  # sdpa leaves the cap out; older transformers take it all the same
     if config.load_in_4bit and getattr(model_config, "quantization_config", None) is None:
         kwargs["quantization_config"] = quantization_config(config)
     try:

@@ -5,8 +5,8 @@ base with the adapter switched off, unless the model has an adapter `ref`, which
 callback adds that adapter as a copy of the policy, moves it by an update rule after each optimiser step, and carries
 both through checkpoints: `checkpoint-N/ref/` (safetensors) and `checkpoint-N/reference_state.json`.
 
-At a resume the reference is the one that was saved or the run stops: the state holds a digest of its tensors, and it
-does not matter whether transformers, PEFT or this callback put them back. Left out: the loss, and drift, which a
+At a resume reference and policy are those that were saved or the run stops: the state holds digests of their tensors,
+and it does not matter whether transformers, PEFT or this callback put them back. Left out: the loss, and drift, which a
 callback cannot see (use `distance_limit`).
 """
 
@@ -66,12 +66,13 @@ class ReferenceSyncCallback(TrainerCallback, ExportableState):
     # ---- what transformers keeps in trainer_state.json ----
 
     def state(self) -> dict[str, Any]:
-        """The rule's settings and state, and a digest of the reference, as of now."""
+        """The rule's settings and state, and digests of both adapters, as of now."""
         settings = {f.name: value for f, value in zip(fields(self.rule), asdict(self.rule).values()) if f.init}
         arguments = {"rule": settings, "source": self.source, "target": self.target}
         saved = self.saved
         if self._model is not None:
             saved = {"rule": self.rule.state_dict(), "digest": digest(self._model, self.target)}
+            saved["policy"] = digest(self._model, self.source)
         return {"args": arguments, "attributes": {"saved": saved}}
 
     # ---- events ----
@@ -169,23 +170,33 @@ class ReferenceSyncCallback(TrainerCallback, ExportableState):
                 f"the checkpoint of step {state.global_step} was written without this callback: it holds no state of a "
                 f"reference (looked in {', '.join(map(str, folders))}). Start a new run from its adapter instead."
             )
-        if digest(model, self.target) != saved["digest"]:
-            for folder in folders:
-                weights = folder / self.target / "adapter_model.safetensors"
-                if weights.is_file() and self._load_(model, weights) and digest(model, self.target) == saved["digest"]:
-                    break
-            else:
-                raise CheckpointError(
-                    f"the reference of step {state.global_step} could not be put back: no {self.target}/"
-                    f"adapter_model.safetensors with the saved digest in {', '.join(map(str, folders))}. Set "
-                    "resume_from_checkpoint in the training arguments to the checkpoint's folder, whole as it was saved."
-                )
+        self._put_back(model, self.target, saved["digest"], folders, state.global_step)
+        if (
+            "policy" in saved
+        ):  # transformers before 5.23 loads adapters in sub-folders and then not the policy beside them
+            self._put_back(model, self.source, saved["policy"], folders, state.global_step)
         self.rule.load_state_dict(saved["rule"])
 
+    def _put_back(self, model: PeftModel, adapter: str, wanted: str, folders: list[Path], step: int) -> None:
+        """Load `adapter` from the first of `folders` that holds it with the digest `wanted`, unless it is there already."""
+        if digest(model, adapter) == wanted:
+            return
+        inside = "adapter_model.safetensors" if adapter == "default" else f"{adapter}/adapter_model.safetensors"
+        for folder in folders:
+            there = (folder / inside).is_file() and self._load_(model, folder / inside, adapter)
+            if there and digest(model, adapter) == wanted:
+                return
+        who = "reference" if adapter == self.target else "policy"
+        raise CheckpointError(
+            f"the {who} of step {step} could not be put back: no {inside} with the saved digest in "
+            f"{', '.join(map(str, folders))}. Set resume_from_checkpoint in the training arguments to the checkpoint's "
+            "folder, whole as it was saved."
+        )
+
     @torch.no_grad()
-    def _load_(self, model: PeftModel, weights: Path) -> bool:
+    def _load_(self, model: PeftModel, weights: Path, adapter: str) -> bool:
         try:
-            set_peft_model_state_dict(model, load_file(weights), adapter_name=self.target)
+            set_peft_model_state_dict(model, load_file(weights), adapter_name=adapter)
         except (SafetensorError, OSError, RuntimeError, ValueError) as error:
             logger.warning(f"{weights} could not be read: {error}")
             return False

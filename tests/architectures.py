@@ -91,7 +91,9 @@ def make(name: str, settings: dict, **changes) -> torch.nn.Module:
     classes = [getattr(transformers, f"{kind}{end}", None) for end in ("TextConfig", "Config")]
     config = next(c for c in classes if c)(**values)
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    capped = getattr(config.get_text_config(), "attn_logit_softcapping", None)  # sdpa would leave the cap out
+    how = {"attn_implementation": "eager"} if capped else {}
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32, **how)
     return model.eval()
 
 

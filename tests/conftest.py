@@ -9,6 +9,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # small models: threads only wait for each other on a busy machine
 
 import random
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,12 @@ def make_pairs(n: int, seed: int = 0) -> list[dict[str, str]]:
         if pair["chosen"] != pair["rejected"]:
             out.append(pair)
     return out
+
+
+def bits_on_cpu() -> None:
+    """Skip where bitsandbytes' optimisers want a GPU and there is none."""
+    if not torch.cuda.is_available() and version("bitsandbytes") < "0.50":
+        pytest.skip("bitsandbytes before 0.50 has its optimisers on a GPU only")
 
 
 def save_neox(folder: Path, seed: int = 0, hidden: int = 64, layers: int = 2) -> str:

@@ -10,7 +10,7 @@ from collections import Counter
 import pytest
 import torch
 from architectures import SHARED, make
-from conftest import run_config
+from conftest import bits_on_cpu, run_config
 from torch import nn
 
 from benchmarks.models import SHAPES, configuration
@@ -121,6 +121,8 @@ def test_optimiser_state_is_that_of_the_real_one(optim, tmp_path):
     """bitsandbytes' states are made by its own `init_state`; paged ones are counted where a GPU would put them."""
     from transformers import Trainer
 
+    if "bit" in optim:
+        bits_on_cpu()
     config = run_config(None, tmp_path, optim=optim)
     parameters = [nn.Parameter(torch.zeros(shape)) for shape in [(4, 100), (16, 300), (300, 400), (7,)]]
     cls, settings = Trainer.get_optimizer_cls_and_kwargs(config)
@@ -302,7 +304,7 @@ def test_what_to_change_where_nothing_fits(tmp_path):
     need = Planner(config, model).at(199).total
     plan = fit(config, model, need - 2 * 2**20)
     assert not plan.fits and plan.tokens == 199
-    assert plan.advice[0].startswith("activation_checkpointing: true") and "fits" in plan.advice[-1]
+    assert plan.advice[0].startswith(f"{CHECKPOINTING}: true") and "fits" in plan.advice[-1]
 
 
 def test_the_command_says_what_fits_and_exits_so(tmp_path, capsys):

@@ -14,7 +14,7 @@ from pathlib import Path
 import driver
 import pytest
 import torch
-from conftest import make_pairs
+from conftest import bits_on_cpu, make_pairs
 
 from lorat import checkpoint as ck
 from lorat.errors import CheckpointError
@@ -83,6 +83,7 @@ def test_every_method_and_rule_resumes_exactly(neox, tmp_path, method, sync):
 
 
 def test_paged_8bit_adamw_resumes_exactly(neox, tmp_path):
+    bits_on_cpu()
     changes = dict(optim="paged_adamw_8bit", lora_r=64)  # from 4,096 numbers on a tensor's state is held in 8 bits
     whole = driver.make(neox, str(tmp_path / "whole"), **changes)
     whole.train()
