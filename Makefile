@@ -26,15 +26,15 @@ clean:
 # make bench       everything this machine can measure, into benchmarks/results/, and the tables made from it
 .PHONY: bench
 bench:
-	@scripts/setup-venv.sh test
-	@$(VENV)/bin/python -m benchmarks.suite
+	@[ -n "$(GPU_PYTHON)" ] || scripts/setup-venv.sh test
+	@PYTHONPATH=.:kernels$${PYTHONPATH:+:$$PYTHONPATH} $(or $(GPU_PYTHON),$(VENV)/bin/python) -m benchmarks.suite
 
-# make test-gpu    the kernels' tests on an NVIDIA GPU; GPU_PYTHON names an interpreter that has torch, pytest and
+# make test-gpu    the kernels' tests and whole runs on an NVIDIA GPU; GPU_PYTHON names an interpreter that has torch, pytest and
 #                  transformers, where nothing is to be installed
 .PHONY: test-gpu
 GPU_PYTHON ?=
 test-gpu:
 	@[ -n "$(GPU_PYTHON)" ] || scripts/setup-venv.sh test
-	@PYTHONPATH=kernels $(or $(GPU_PYTHON),$(VENV)/bin/python) -m pytest -q --durations=10 \
+	@PYTHONPATH=kernels$${PYTHONPATH:+:$$PYTHONPATH} $(or $(GPU_PYTHON),$(VENV)/bin/python) -m pytest -q --durations=10 \
 	  tests/test_linear_logprob.py tests/test_kernel.py tests/test_kernel_triton.py tests/test_kernel_compile.py \
-	  tests/test_attention_gpu.py
+	  tests/test_attention_gpu.py tests/test_training_gpu.py

@@ -159,6 +159,7 @@ def calls(function: Function, hidden: Tensor, weight: Tensor, targets: Tensor) -
 
 
 def measure(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device, repeats: int, only: list[str]):
+    torch._dynamo.reset()  # else torch.compile gives up after a few shapes and measures eager
     rows, dim, vocab = shape
     hidden, weight, targets = inputs(rows, dim, vocab, dtype, device)
     bare = timed(lambda: hidden @ weight.T, device, repeats)["median"]

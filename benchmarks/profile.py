@@ -75,7 +75,7 @@ def by_kernel(profiler: Any, cuda: bool) -> list[dict[str, Any]]:
     rows = []
     for event in profiler.key_averages():
         on_device = str(event.device_type).endswith("CUDA")
-        if on_device != cuda:
+        if on_device != cuda or getattr(event, "is_user_annotation", False):  # ranges hold kernels that are here too
             continue
         took = (event.self_device_time_total if cuda else event.self_cpu_time_total) / 1e3
         if took > 0:

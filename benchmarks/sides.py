@@ -81,6 +81,14 @@ class Meter(TrainerCallback):
         reset_peak(self.device)
         self.stamp()
 
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 0:  # what came before is no step: on a GPU lorat rehearses its heaviest pack
+            self.opening = peak(self.device, 0)["peak"]
+            reset_peak(self.device)
+            self.stamps.clear()
+            self.passes = [0, 0]
+            self.stamp()
+
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.stamp()
         self.tokens.append(self.passes)
@@ -105,7 +113,7 @@ def reset_peak(device: torch.device) -> None:
 
 
 def peak(device: torch.device, before: float) -> dict[str, float | None]:
-    """MB: `base` after the model was built, `peak` while training, `above` their difference."""
+    """MB: `base` after the model was built, `peak` of the steps, `above` their difference; `opening`: before them."""
     cuda = device.type == "cuda"
     most = torch.cuda.max_memory_allocated() / 1e6 if cuda else resident("VmHWM")
     reserved = torch.cuda.max_memory_reserved() / 1e6 if cuda else None
@@ -160,6 +168,7 @@ def lorat_trainer(case: Case, model: Any, folder: str, meter: Meter) -> Any:
         "load_in_4bit": case["load_in_4bit"],
         "lora_r": case["lora_r"],
         "lora_alpha": 2 * case["lora_r"],
+        "prefix_sharing": True,  # raises, and says why, where a fallback would be measured
         CHECKPOINTING: case["checkpointing"],
     }
     if case["max_tokens_per_pack"]:
@@ -238,7 +247,7 @@ def measure(case: Case, folder: str) -> dict[str, Any]:
         "losses": [loss.item() for loss in trainer.recorded],
         "seconds": [b - a for a, b in zip(meter.stamps, meter.stamps[1:])],
         "tokens": [{"no_gradient": n, "gradient": g} for n, g in meter.tokens],
-        "memory_mb": peak(device, before),
+        "memory_mb": peak(device, before) | {"opening": meter.opening},
     }
 
 

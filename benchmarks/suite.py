@@ -64,7 +64,7 @@ def main() -> int:
     parts = GPU if device.type == "cuda" else CPU
     parser = argparse.ArgumentParser(prog="python -m benchmarks.suite", description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", choices=list(parts), default=list(parts))
-    parser.add_argument("--limit", type=float, default=3600, help="seconds for each part")
+    parser.add_argument("--limit", type=float, default=4 * 3600, help="seconds for each part")
     parser.add_argument("--toy", action="store_true", help="throughput and profile alone, at toy size: for a test")
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()

@@ -83,7 +83,7 @@ def memory(document: Document) -> str:
         parts.append(
             f"{run['steps']} steps with {pack} under a cap of {document['settings']['memory_cap']} bytes: {ended}."
         )
-    if load := document["load"]:
+    if (load := document["load"]) and "quantised_mb" in load:
         gib = lambda mb: f"{mb * 1e6 / 2**30:.2f}"  # noqa: E731
         size, peak, grown = load["quantised_mb"], load["peak_mb"]["VmRSS"], load["grown_mb"]
         rows = [

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
-import sys
 from pathlib import Path
 
 from .errors import ConfigError
 from .run_options import common, going_on, loaded, progress_bars, result_path, terminal
+from .versions import versions
 
 EVAL = "eval.json"
 
@@ -103,7 +102,7 @@ def evaluate(argv: list[str]) -> int:
         },
         "models": {m: str(f) for m, f in found.folders.items()} | {"base": lineup.config.model_name_or_path},
         **who,
-        "versions": _versions(),
+        "versions": versions(),
         **numbers,
     }
     console.print()
@@ -121,8 +120,3 @@ def evaluate(argv: list[str]) -> int:
     if lines:
         console.print(f"Samples: {out.with_suffix('.samples.jsonl')}", soft_wrap=True)
     return 0
-
-
-def _versions() -> dict[str, str]:
-    names = ("lorat", "torch", "transformers", "peft", "bitsandbytes", "datasets")
-    return {"python": sys.version.split()[0]} | {n: importlib.metadata.version(n) for n in names}

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from .versions import versions
+
 if TYPE_CHECKING:
     from .trainer_checkpoint import CheckpointMixin
-
-PACKAGES = ("lorat", "torch", "transformers", "peft", "bitsandbytes", "datasets", "accelerate")
 
 BODY = """\
 # {title}
@@ -77,7 +76,7 @@ def write_model_card(folder: Path, trainer: CheckpointMixin) -> None:
         learning_rate=args.learning_rate,
         rank=getattr(peft_config, "r", 0),
         alpha=getattr(peft_config, "lora_alpha", 0),
-        versions=", ".join(f"{name} {version(name)}" for name in PACKAGES),
+        versions=", ".join(f"{name} {number}" for name, number in versions().items()),
     )
     tags = ["lorat", "peft", "lora", method.lower()] + (["tr-" + method.lower()] if rule.moves else [])
     hub_base = base if base.count("/") == 1 and not Path(base).exists() else None

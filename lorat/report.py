@@ -9,10 +9,10 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from . import __version__
 from . import report_plots as plots
 from . import report_tables as tables
 from .errors import ConfigError
@@ -75,7 +75,7 @@ def render(runs: Sequence[RunLog], samples: Sequence[str] = (), rows: int = 12, 
         logged=tables.logged(runs),
         journals=tables.journals(runs),
         notes=notes,
-        version=version("lorat"),
+        version=__version__,
     )
 
 

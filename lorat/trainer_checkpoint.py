@@ -11,7 +11,6 @@ from __future__ import annotations
 import logging
 import pickle
 import shutil
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +28,9 @@ from .engine import Engine
 from .errors import CheckpointError
 from .identity import check_same_run, run_identity
 from .metrics import Averages
-from .modelcard import PACKAGES, write_model_card
+from .modelcard import write_model_card
 from .reference import POLICY, REFERENCE, UpdateRule, snapshot
+from .versions import versions
 
 logger = logging.getLogger("lorat")
 
@@ -97,7 +97,7 @@ class CheckpointMixin(Trainer):
             self.model.save_pretrained(start, selected_adapters=[POLICY], save_embedding_layers=False)
         elif not here and (folder.parent / ck.START).is_dir():
             shutil.copytree(folder.parent / ck.START, output_dir / ck.START, dirs_exist_ok=True)
-        ck.write_json(output_dir / ck.RUN, {**identity, "versions": {name: version(name) for name in PACKAGES}})
+        ck.write_json(output_dir / ck.RUN, {**identity, "versions": versions()})
         if folder is not None and here:
             step = int(ck.read_json(folder / "trainer_state.json")["global_step"])  # whatever the folder is called
             for name in ck.set_aside_newer(output_dir, step):

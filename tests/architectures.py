@@ -110,5 +110,5 @@ def adapted(model: torch.nn.Module):
     draw = torch.Generator().manual_seed(1)
     for name, p in adapter_parameters(policy, "default").items():
         if "lora_B" in name:
-            p.data = 0.05 * torch.randn(p.shape, generator=draw)
+            p.data.copy_(0.05 * torch.randn(p.shape, generator=draw))
     return policy.eval()

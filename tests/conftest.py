@@ -174,4 +174,4 @@ def nudge(trainer, seed=5, scale=0.05) -> None:
 
     generator = torch.Generator().manual_seed(seed)
     for p in adapter_parameters(trainer.model, "default").values():
-        p.data += scale * torch.randn(p.shape, generator=generator)
+        p.data += scale * torch.randn(p.shape, generator=generator).to(p.device)

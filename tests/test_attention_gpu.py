@@ -77,15 +77,20 @@ def test_fused_layers_on_the_gpu(tmp_path, four_bit):
 
     from lorat.fused import fuse_, native
 
-    how = {}
     if four_bit:
         pytest.importorskip("bitsandbytes")
-        how["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.bfloat16,
-        )  # fmt: skip
     make("Llama", SHARED["Llama"]).save_pretrained(tmp_path)
-    load = lambda dtype: AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype, device_map={"": 0}, **how)  # noqa: E731
+
+    def load(dtype):
+        quantised = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+        how = {"quantization_config": quantised} if four_bit else {}
+        return AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype, device_map={"": 0}, **how)
+
     exact, half = adapted(load(torch.float32)), adapted(load(torch.bfloat16))
     groups = draw_groups()
     for model in (exact, half):
