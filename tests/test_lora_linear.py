@@ -214,5 +214,29 @@ def test_offloading_and_checkpointing_options_reach_the_layers(tmp_path):
     assert getattr(config, f"{CHECKPOINTING}_kwargs") == {"use_reentrant": False, "offload": True}
 
 
+def test_offloaded_checkpoints_change_no_weight(neox, tmp_path, monkeypatch):
+    """transformers' own option, in a whole run in 4-bit; without a GPU there is no pinned memory to offload to."""
+    from conftest import make_pairs, trainer_for
+    from transformers import modeling_utils
+
+    from lorat.config import CHECKPOINTING
+    from lorat.reference import snapshot
+
+    offloading, used = modeling_utils.save_on_cpu, []
+    monkeypatch.setattr(modeling_utils, "save_on_cpu", lambda **_: used.append(1) or offloading(pin_memory=False))
+
+    def run(name, **how):
+        kwargs = {f"{CHECKPOINTING}_kwargs": how} if how else {}
+        trainer = trainer_for(neox, tmp_path / name, make_pairs(8), activation_checkpointing=True, **kwargs)
+        trainer.train()
+        return snapshot(trainer.model)
+
+    plain = run("plain")
+    assert not used
+    offloaded = run("offloaded", offload=True)
+    assert len(used) >= 2 * 2  # each of two layers in each of two steps
+    assert all(torch.equal(offloaded[name], tensor) for name, tensor in plain.items())
+
+
 def test_a_plain_linear_layer_is_left_alone():
     assert fuse_(nn.Sequential(nn.Linear(3, 3)))
