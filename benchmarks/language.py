@@ -24,7 +24,7 @@ from . import report
 from .language_runs import Job, Recipe, make_world, quiet, run
 from .study import FROZEN, Reference, Run, hard, soft
 from .study_output import plain, print_tables, single_runs
-from .study_tables import comparison, robustness
+from .study_tables import summaries
 
 METHODS, REGIMES = ("dpo", "kto"), ("fresh", "few")
 KLS = (0.2, 0.5, 1.0)
@@ -99,17 +99,9 @@ def train_all(study: Study, work: Path, workers: int) -> tuple[list[dict[str, fl
     return starts, runs
 
 
-def summary(study: Study, starts: list[dict[str, float]], runs: list[Run]) -> dict[str, Any]:
+def summary(starts: list[dict[str, float]], runs: list[Run]) -> dict[str, Any]:
     sft = {k: sum(s[k] for s in starts) / len(starts) for k in starts[0]}
-    out: dict[str, Any] = {"sft": sft}
-    for regime in study.regimes:
-        for method in study.methods:
-            mine = [r for r in runs if (r.regime, r.method) == (regime, method)]
-            out[f"{regime} {method}"] = {
-                "comparison": comparison(mine, KLS),
-                "robustness": robustness(mine, sft["gold"]),
-            }
-    return out
+    return {"sft": sft, **summaries(runs, KLS, sft["gold"])}
 
 
 def main() -> None:
@@ -131,7 +123,7 @@ def main() -> None:
         work = chosen.work or Path(scratch)
         work.mkdir(parents=True, exist_ok=True)
         starts, runs = train_all(study, work, chosen.workers)
-    found = summary(study, starts, runs)
+    found = summary(starts, runs)
     print_tables(found)
     settings = {**asdict(study), "grid": {str(r): betas for r, betas in study.grid}, "few": study.recipe.few}
     about = {"settings": settings, "workers": chosen.workers, "seconds": round(time.monotonic() - began, 1)}

@@ -25,7 +25,7 @@ from .mdp import Worlds, draw_pairs, expectations, frontier, make_worlds
 from .mdp_training import Job, train
 from .study import FROZEN, Reference, Run, adaptive, hard, soft
 from .study_output import plain, print_tables, single_runs
-from .study_tables import comparison, robustness, scatter
+from .study_tables import summaries
 
 KLS = (1.0, 2.0, 2.5)  # nats at which policies are compared
 METHODS, REGIMES = ("dpo", "ipo", "kto"), ("fresh", "few")
@@ -128,19 +128,11 @@ def train_all(study: Study, worlds: Worlds, seeds: list[int], workers: int) -> l
     return runs
 
 
-def summary(study: Study, runs: list[Run], worlds: Worlds) -> dict[str, Any]:
+def summary(runs: list[Run], worlds: Worlds) -> dict[str, Any]:
     sft = {name: v.mean().item() for name, v in expectations(worlds.sft_logp, worlds).items()}
     bound = {name: v.mean(1).tolist() for name, v in frontier(worlds, INVERSE_LAMBDAS).items()}
     out: dict[str, Any] = {"sft": sft, "frontier": {"inverse_lambda": INVERSE_LAMBDAS.tolist(), **bound}}
-    for regime in study.regimes:
-        for method in study.methods:
-            mine = [r for r in runs if (r.regime, r.method) == (regime, method)]
-            out[f"{regime} {method}"] = {
-                "comparison": comparison(mine, KLS),
-                "robustness": robustness(mine, sft["gold"]),
-                "scatter about a cubic": {x: scatter(mine, x) for x in ("beta_lag", "strength")},
-            }
-    return out
+    return out | summaries(runs, KLS, sft["gold"])
 
 
 def main() -> None:
@@ -165,7 +157,7 @@ def main() -> None:
     seeds = [1000 * study.seed + i for i in range(study.worlds)]
     worlds = make_worlds(seeds)
     runs = train_all(study, worlds, seeds, chosen.workers)
-    found = summary(study, runs, worlds)
+    found = summary(runs, worlds)
     print_tables(found)
     settings = {**asdict(study), "references": [str(r) for r in study.references]}
     about = {"settings": settings, "workers": chosen.workers, "seconds": round(time.monotonic() - began, 1)}

@@ -163,3 +163,16 @@ def scatter(runs: list[Run], against: str) -> float:
     y = torch.stack([r.gold[:, -1].mean() for r in moving])
     basis = torch.stack([((x - x.mean()) / x.std()) ** power for power in range(4)], 1)
     return (y - basis @ torch.linalg.lstsq(basis, y[:, None]).solution[:, 0]).square().mean().sqrt().item()
+
+
+def summaries(runs: list[Run], kls: Sequence[float], sft_gold: float) -> dict[str, dict[str, object]]:
+    """What is said of each regime and method, in the order of `runs`."""
+    out: dict[str, dict[str, object]] = {}
+    for regime, method in dict.fromkeys((r.regime, r.method) for r in runs):
+        mine = [r for r in runs if (r.regime, r.method) == (regime, method)]
+        out[f"{regime} {method}"] = {
+            "comparison": comparison(mine, kls),
+            "robustness": robustness(mine, sft_gold),
+            "scatter about a cubic": {x: scatter(mine, x) for x in ("beta_lag", "strength")},
+        }
+    return out

@@ -39,6 +39,19 @@ def assert_same(left, right) -> None:
     assert {k: v.tolist() for k, v in left.start.items()} == {k: v.tolist() for k, v in right.start.items()}
 
 
+def resumed_and_whole(neox, tmp_path, **changes):
+    """A run of ten steps, and the same resumed after the sixth."""
+    whole = driver.make(neox, str(tmp_path / "whole"), **changes)
+    whole.train()
+    part = tmp_path / "part"
+    shutil.copytree(tmp_path / "whole", part)
+    for name in ("checkpoint-8", "checkpoint-10"):
+        shutil.rmtree(part / name)
+    resumed = driver.make(neox, str(part), **changes)
+    resumed.train(resume_from_checkpoint="auto")
+    return resumed, whole
+
+
 @pytest.fixture(scope="module")
 def uninterrupted(neox, tmp_path_factory):
     trainer = driver.make(neox, str(tmp_path_factory.mktemp("whole") / "run"))
@@ -71,30 +84,15 @@ def test_killed_and_resumed_is_never_interrupted(neox, tmp_path, uninterrupted, 
 @pytest.mark.parametrize("sync", ["frozen", "hard"])
 def test_every_method_and_rule_resumes_exactly(neox, tmp_path, method, sync):
     changes = dict(method=method, sync=sync, sync_alpha=None, sync_every=None if sync == "frozen" else 3)
-    whole = driver.make(neox, str(tmp_path / "whole"), **changes)
-    whole.train()
-    part = tmp_path / "part"
-    shutil.copytree(tmp_path / "whole", part)
-    for name in ("checkpoint-8", "checkpoint-10"):
-        shutil.rmtree(part / name)
-    resumed = driver.make(neox, str(part), **changes)
-    resumed.train(resume_from_checkpoint="auto")
-    assert_same(resumed, whole)
+    assert_same(*resumed_and_whole(neox, tmp_path, **changes))
 
 
 def test_paged_8bit_adamw_resumes_exactly(neox, tmp_path):
     bits_on_cpu()
-    changes = dict(optim="paged_adamw_8bit", lora_r=64)  # from 4,096 numbers on a tensor's state is held in 8 bits
-    whole = driver.make(neox, str(tmp_path / "whole"), **changes)
-    whole.train()
+    # from 4,096 numbers on a tensor's state is held in 8 bits
+    resumed, whole = resumed_and_whole(neox, tmp_path, optim="paged_adamw_8bit", lora_r=64)
     states = [s["state1"].dtype for s in whole.optimizer.optimizer.state.values() if "state1" in s]
     assert torch.uint8 in states
-    part = tmp_path / "part"
-    shutil.copytree(tmp_path / "whole", part)
-    for name in ("checkpoint-8", "checkpoint-10"):
-        shutil.rmtree(part / name)
-    resumed = driver.make(neox, str(part), **changes)
-    resumed.train(resume_from_checkpoint="auto")
     assert_same(resumed, whole)
 
 
