@@ -123,7 +123,7 @@ def _changes(config: TrustRegionConfig) -> Iterator[dict[str, Any]]:
         yield {"optim": "paged_adamw_8bit"}
     if config.ref_rank and config.ref_rank > config.lora_r:
         yield {"ref_rank": None}
-    how = getattr(config, f"{CHECKPOINTING}_kwargs") or {}
+    how = {k: v for k, v in (getattr(config, f"{CHECKPOINTING}_kwargs") or {}).items() if k != "use_reentrant"}
     if not how.get("offload"):
         yield {f"{CHECKPOINTING}_kwargs": {**how, "offload": True}}
     if config.quantize_embeddings != "4bit":
