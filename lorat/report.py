@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from . import __version__
 from . import report_plots as plots
 from . import report_tables as tables
 from .errors import ConfigError
 from .run_log import RunLog, read_runs
+from .versions import versions
 
 TEMPLATE = Path(__file__).with_name("report_page.html")
 
@@ -75,7 +75,7 @@ def render(runs: Sequence[RunLog], samples: Sequence[str] = (), rows: int = 12, 
         logged=tables.logged(runs),
         journals=tables.journals(runs),
         notes=notes,
-        version=__version__,
+        version=versions()["lorat"],
     )
 
 

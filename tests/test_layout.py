@@ -68,7 +68,8 @@ ARROWS = {
     "run_log": {"checkpoint"},
     "report_plots": {"run_log"},
     "report_tables": {"answers", "run_log"},
-    "report": {"report_plots", "report_tables", "run_log"},
+    "versions": {"__version__"},
+    "report": {"report_plots", "report_tables", "run_log", "versions"},
     "commands_judge": {"answers", "judge", "judge_client", "judge_prompts", "report"},
 }
 
