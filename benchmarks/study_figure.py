@@ -155,7 +155,7 @@ def language_panels(document: dict[str, Any], path: Path) -> None:
             axes.set_xlim(0)
             axes.set_ylabel(label)
         gold.set_title(f"{method.upper()}, {titles[regime]}", loc="left", fontsize=10)
-        gold.legend(loc="lower left")
+        ood.legend(loc="upper left")
         of_strength(strength, runs)
         strength.set_xlabel("λ = β / (1 + Σα), falling")
         strength.set_ylabel("gold reward at the end")
