@@ -171,9 +171,8 @@ class ReferenceSyncCallback(TrainerCallback, ExportableState):
                 f"reference (looked in {', '.join(map(str, folders))}). Start a new run from its adapter instead."
             )
         self._put_back(model, self.target, saved["digest"], folders, state.global_step)
-        if (
-            "policy" in saved
-        ):  # transformers before 5.23 loads adapters in sub-folders and then not the policy beside them
+        # transformers before 5.23 loads the adapters that it finds in sub-folders, and then not the policy beside them
+        if "policy" in saved:
             self._put_back(model, self.source, saved["policy"], folders, state.global_step)
         self.rule.load_state_dict(saved["rule"])
 
