@@ -223,27 +223,29 @@ def test_resuming_finds_the_reference_wherever_the_checkpoint_lies(neox, tmp_pat
     assert rule.updates == 3
 
 
-def test_a_reference_that_transformers_does_not_load_is_read_by_the_callback(neox, tmp_path):
-    """The callback's own way back, with the reference in memory off and the checkpoint where it is expected."""
+@pytest.mark.parametrize("adapter", ["ref", "default"])
+def test_an_adapter_that_transformers_does_not_load_is_read_by_the_callback(neox, tmp_path, adapter):
+    """The callback's own way back, with what is in memory off and the checkpoint where it is expected."""
     trainer, _ = stopped(neox, tmp_path)
     callback = next(c for c in trainer.callback_handler.callbacks if isinstance(c, ReferenceSyncCallback))
-    held = snapshot(trainer.model, "ref")
-    for p in adapter_parameters(trainer.model, "ref").values():
+    held = snapshot(trainer.model, adapter)
+    for p in adapter_parameters(trainer.model, adapter).values():
         p.data.zero_()
     callback.rule.load_state_dict({"updates": 9, "last_step": 9, "age": 9.0})
     callback.on_train_begin(trainer.args, trainer.state, trainer.control, model=trainer.model)
-    for name, p in adapter_parameters(trainer.model, "ref").items():
+    for name, p in adapter_parameters(trainer.model, adapter).items():
         assert torch.equal(p, held[name])
     assert (callback.rule.updates, callback.rule.last_step, callback.rule.age) == (1, 2, 2.0)
 
 
-def test_a_reference_that_is_not_the_saved_one_stops_the_run(neox, tmp_path):
+@pytest.mark.parametrize(("where", "who"), [("ref", "reference"), (".", "policy")])
+def test_an_adapter_that_is_not_the_saved_one_stops_the_run(neox, tmp_path, where, who):
     _, folder = stopped(neox, tmp_path)
-    weights = load_file(folder / "ref" / "adapter_model.safetensors")
+    weights = load_file(folder / where / "adapter_model.safetensors")
     name = sorted(weights)[0]
     weights[name] = weights[name] + 1e-6
-    save_file(weights, folder / "ref" / "adapter_model.safetensors")
-    with pytest.raises(CheckpointError, match="could not be put back"):
+    save_file(weights, folder / where / "adapter_model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=f"the {who} of step 3 could not be put back"):
         trainer_for(neox, tmp_path, Soft(0.5, 2)).train(resume_from_checkpoint=str(folder))
 
 
