@@ -20,6 +20,9 @@ from typing import Any
 
 import torch
 
+from lorat.errors import CheckpointError
+from lorat.store import Pieces
+
 from . import report
 from .language_runs import Job, Recipe, make_world, quiet, run
 from .study import FROZEN, Reference, Run, hard, soft
@@ -73,24 +76,21 @@ def _run(given: tuple[Recipe, Path, Job]) -> tuple[Job, dict[str, Any]]:
 
 
 def train_all(study: Study, work: Path, workers: int) -> tuple[list[dict[str, float]], list[Run]]:
-    """What each world starts from, and each setting's run over all worlds; what `work` holds is not run again."""
-    done = work / "runs.jsonl"
-    found = {}
-    if done.exists():
-        found = {json.dumps(r["job"], sort_keys=True): r["found"] for r in map(json.loads, done.open())}
+    """What each world starts from, and each setting's run over all worlds; what `work` holds is not run again.
+
+    Raises `CheckpointError` where `work` holds runs of another recipe.
+    """
+    found = Pieces(work / "runs.jsonl", asdict(study.recipe))
     folders = {seed: work / f"world-{seed}" for seed in study.seeds}
     jobs = [Job(seed, g, m, beta, ref) for seed in study.seeds for g, m, beta, ref in study.settings()]
     todo = [job for job in jobs if job.key not in found]
     with multiprocessing.get_context("spawn").Pool(workers) as pool:
         starts = pool.map(_world, [(study.recipe, folder, seed) for seed, folder in folders.items()], 1)
         given = [(study.recipe, folders[job.world], job) for job in todo]
-        with done.open("a") as kept:
-            for i, (job, values) in enumerate(pool.imap_unordered(_run, given), 1):
-                found[job.key] = values
-                kept.write(json.dumps({"job": asdict(job), "found": values}) + "\n")
-                kept.flush()
-                told = f"world {job.world} {job.regime} {job.method} β={job.beta:g} {job.reference}"
-                print(f"[{i}/{len(todo)}] {told}: gold {values['gold'][-1]:.3f}, KL {values['kl'][-1]:.2f}", flush=True)
+        for i, (job, values) in enumerate(pool.imap_unordered(_run, given), 1):
+            found[job.key] = values
+            told = f"world {job.world} {job.regime} {job.method} β={job.beta:g} {job.reference}"
+            print(f"[{i}/{len(todo)}] {told}: gold {values['gold'][-1]:.3f}, KL {values['kl'][-1]:.2f}", flush=True)
     runs = []
     for g, m, beta, ref in study.settings():
         of = [found[Job(seed, g, m, beta, ref).key] for seed in study.seeds]
@@ -120,9 +120,10 @@ def main() -> None:
     fields |= {k: getattr(chosen, k) for k in ("worlds", "methods", "regimes") if getattr(chosen, k) is not None}
     study = Study(**fields)
     with tempfile.TemporaryDirectory() as scratch:
-        work = chosen.work or Path(scratch)
-        work.mkdir(parents=True, exist_ok=True)
-        starts, runs = train_all(study, work, chosen.workers)
+        try:
+            starts, runs = train_all(study, chosen.work or Path(scratch), chosen.workers)
+        except CheckpointError as error:
+            parser.error(f"{error} Or give another --work.")
     found = summary(starts, runs)
     print_tables(found)
     settings = {**asdict(study), "grid": {str(r): betas for r, betas in study.grid}, "few": study.recipe.few}

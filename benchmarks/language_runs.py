@@ -24,6 +24,7 @@ from transformers.utils import logging as transformers_logging
 from lorat import toy
 from lorat.base import load_base
 from lorat.config import CHECKPOINTING, TrustRegionConfig
+from lorat.store import write_whole
 from lorat.trainer import TrustRegionTrainer
 
 from .study import Reference
@@ -121,7 +122,7 @@ def make_world(recipe: Recipe, folder: Path, seed: int) -> dict[str, float]:
     found = measure(base, None, tokenizer, recipe.samples, seed)
     wrong = sum(toy.gold_reward(p["prompt"], p["chosen"]) < toy.gold_reward(p["prompt"], p["rejected"]) for p in pairs)
     found["labels against gold"] = wrong / len(pairs)
-    (folder / "world.json").write_text(json.dumps(found))
+    write_whole(folder / "world.json", json.dumps(found))
     return found
 
 
@@ -142,27 +143,20 @@ def measure(model: Any, without: Any, tokenizer: Any, samples: int, seed: int) -
     return out
 
 
-class _Measure(TrainerCallback):
-    def __init__(self, recipe: Recipe, seed: int) -> None:
-        self.recipe, self.seed, self.found = recipe, seed, dict[int, dict[str, float]]()
-        self.trainer: Any = None
+class _Watch(TrainerCallback):
+    """What is measured at the checkpoints, and the reference's age after each step; comes after lorat's callbacks."""
+
+    def __init__(self, trainer: TrustRegionTrainer, recipe: Recipe, seed: int) -> None:
+        self.trainer, self.recipe, self.seed = trainer, recipe, seed
+        self.found: dict[int, dict[str, float]] = {}
+        self.ages: list[float] = []
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.ages.append(self.trainer.rule.age)
         if state.global_step in self.recipe.checkpoints:
-            model = self.trainer.model
+            model: Any = self.trainer.model
             found = measure(model, model.disable_adapter, self.trainer.processing_class, self.recipe.samples, self.seed)
             self.found[state.global_step] = found
-
-
-class _Ages(TrainerCallback):
-    """Mean age of the reference over the steps, and α summed over its updates; last of the callbacks of a step."""
-
-    def __init__(self) -> None:
-        self.ages: list[float] = []
-        self.trainer: Any = None
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.ages.append(float(self.trainer.rule.age))
 
 
 def run(recipe: Recipe, folder: Path, job: Job) -> dict[str, Any]:
@@ -171,14 +165,12 @@ def run(recipe: Recipe, folder: Path, job: Job) -> dict[str, Any]:
     pairs = [json.loads(line) for line in (folder / "pairs.jsonl").read_text().splitlines()]
     if job.regime == "few":
         pairs = pairs[: recipe.few]
-    watch, ages = _Measure(recipe, job.world), _Ages()
     with tempfile.TemporaryDirectory() as out:  # nothing is saved, but what was run is written there
         config = config_of(recipe, folder, job, Path(out))
         trainer = TrustRegionTrainer(None, config, Dataset.from_list(pairs), None, toy.make_tokenizer())
-        for callback in (watch, ages):
-            callback.trainer = trainer
-            trainer.add_callback(callback)
+        watch = _Watch(trainer, recipe, job.world)
+        trainer.add_callback(watch)
         trainer.train()
     curves = {k: [start[k], *(watch.found[s][k] for s in recipe.checkpoints)] for k in ("gold", "kl", "ood")}
-    share = getattr(trainer.rule, "alpha", 0.0)
-    return {**curves, "lag": sum(ages.ages) / len(ages.ages), "moves": share * trainer.rule.updates}
+    rule = trainer.rule
+    return {**curves, "lag": sum(watch.ages) / len(watch.ages), "moves": rule.alpha * rule.updates}

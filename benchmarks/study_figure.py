@@ -21,6 +21,7 @@ from matplotlib.axes import Axes
 COLORS = {"frozen": "black", "soft": "#0072B2", "hard": "#D55E00", "adaptive": "#009E73", "barely": "#CC79A7"}
 MARKERS = {"frozen": "s", "soft": "o", "hard": "^", "adaptive": "D", "barely": "X"}
 BARELY = "soft α=0.6"  # every step: the reference is two thirds of a step old
+STRENGTH = "λ = β / (1 + Σα), falling"
 STYLE: Any = {
     "figure.facecolor": "white",
     "savefig.facecolor": "white",
@@ -111,21 +112,25 @@ def three_panels(document: dict[str, Any], path: Path) -> None:
     plt.close(figure)
 
 
+def titled(method: str, regime: str, settings: dict[str, Any]) -> str:
+    told = {"fresh": "fresh pairs, one epoch", "few": f"{settings['few']} pairs, many epochs"}
+    return f"{method.upper()}, {told[regime]}"
+
+
 def all_panels(document: dict[str, Any], path: Path) -> None:
     settings = document["settings"]
     methods, regimes = settings["methods"], settings["regimes"]
     size = (4 * len(methods), 0.9 + 2.9 * len(regimes))
     figure, grid = plt.subplots(len(regimes), len(methods), figsize=size, layout="constrained", squeeze=False)
-    titles = {"fresh": "fresh pairs, one epoch", "few": f"{settings['few']} pairs, many epochs"}
     for row, regime in zip(grid, regimes, strict=True):
         for axes, method in zip(row, methods, strict=True):
             runs = [r for r in document["runs"] if (r["regime"], r["method"]) == (regime, method)]
             of_strength(axes, runs)
-            axes.set_title(f"{method.upper()}, {titles[regime]}", loc="left", fontsize=10)
+            axes.set_title(titled(method, regime, settings), loc="left", fontsize=10)
             axes.set_ylim(0, 2)
         row[0].set_ylabel("gold reward at the end")
     for axes in grid[-1]:
-        axes.set_xlabel("λ = β / (1 + Σα), falling")
+        axes.set_xlabel(STRENGTH)
     figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=5)
     figure.savefig(path, dpi=130)
     plt.close(figure)
@@ -146,7 +151,6 @@ def language_panels(document: dict[str, Any], path: Path) -> None:
     cases = [(method, regime) for method in settings["methods"] for regime in settings["regimes"]]
     size = (12, 0.4 + 3.6 * len(cases))
     figure, grid = plt.subplots(len(cases), 3, figsize=size, layout="constrained", squeeze=False)
-    titles = {"fresh": "fresh pairs, one epoch", "few": f"{settings['few']} pairs, many epochs"}
     for (gold, ood, strength), (method, regime) in zip(grid, cases, strict=True):
         runs = [r for r in document["runs"] if (r["regime"], r["method"]) == (regime, method)]
         for axes, what, label in ((gold, "gold", "gold reward"), (ood, "ood", "ungrammatical answers")):
@@ -154,10 +158,10 @@ def language_panels(document: dict[str, Any], path: Path) -> None:
             axes.set_xscale("symlog", linthresh=0.1)
             axes.set_xlim(0)
             axes.set_ylabel(label)
-        gold.set_title(f"{method.upper()}, {titles[regime]}", loc="left", fontsize=10)
+        gold.set_title(titled(method, regime, settings), loc="left", fontsize=10)
         ood.legend(loc="upper left")
         of_strength(strength, runs)
-        strength.set_xlabel("λ = β / (1 + Σα), falling")
+        strength.set_xlabel(STRENGTH)
         strength.set_ylabel("gold reward at the end")
         strength.legend(loc="lower left")
     figure.savefig(path, dpi=130)

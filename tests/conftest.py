@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from packaging.version import Version
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -56,7 +57,7 @@ def make_pairs(n: int, seed: int = 0) -> list[dict[str, str]]:
 
 def bits_on_cpu() -> None:
     """Skip where bitsandbytes' optimisers want a GPU and there is none."""
-    if not torch.cuda.is_available() and version("bitsandbytes") < "0.50":
+    if not torch.cuda.is_available() and Version(version("bitsandbytes")) < Version("0.50"):
         pytest.skip("bitsandbytes before 0.50 has its optimisers on a GPU only")
 
 

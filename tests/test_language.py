@@ -6,14 +6,17 @@ import contextlib
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from benchmarks import language
 from benchmarks.language_runs import Job, Recipe, config_of, make_world, measure, run
 from benchmarks.study import FROZEN, adaptive, hard, soft
 from lorat import toy
 from lorat.base import load_base
+from lorat.errors import CheckpointError
 from lorat.reference import Soft
 
 ROOT = Path(__file__).parents[1]
@@ -92,8 +95,11 @@ def test_the_command_goes_on_where_it_was(tmp_path):
         assert json.loads(done.stdout.splitlines()[-1])["results"] == whole["results"]
         found.append((whole["results"], whole["runs"]))
         lines = kept.read_text().splitlines()
-        assert len(lines) == 8
-        kept.write_text("\n".join(lines[:5]) + "\n")  # as if it had been stopped there
+        assert len(lines) == 1 + 8  # the recipe, and the runs
+        kept.write_text("\n".join(lines[:6]) + "\n" + lines[6][:40])  # as if it had been killed there
     assert found[0] == found[1]
     assert set(found[0][0]) == {"sft", "few dpo"} and len(found[0][1]) == 4
     assert (tmp_path / "out.png").stat().st_size > 10_000
+    other = language.Study(**language.TOY | {"recipe": replace(RECIPE, lr=0.02)})
+    with pytest.raises(CheckpointError, match="lr: 0.01 then, 0.02 now"):
+        language.train_all(other, tmp_path / "work", 1)
