@@ -16,8 +16,8 @@ test:
 
 lint:
 	@scripts/setup-venv.sh dev
-	@$(VENV)/bin/ruff check lorat kernels tests
-	@$(VENV)/bin/ruff format --check lorat kernels tests
+	@$(VENV)/bin/ruff check lorat kernels tests benchmarks
+	@$(VENV)/bin/ruff format --check lorat kernels tests benchmarks
 	@$(VENV)/bin/mypy
 
 clean:
@@ -35,6 +35,6 @@ bench:
 GPU_PYTHON ?=
 test-gpu:
 	@[ -n "$(GPU_PYTHON)" ] || scripts/setup-venv.sh test
-	@PYTHONPATH=kernels$${PYTHONPATH:+:$$PYTHONPATH} $(or $(GPU_PYTHON),$(VENV)/bin/python) -m pytest -q --durations=10 \
-	  tests/test_linear_logprob.py tests/test_kernel.py tests/test_kernel_triton.py tests/test_kernel_compile.py \
-	  tests/test_attention_gpu.py tests/test_training_gpu.py
+	@PYTHONPATH=.:kernels$${PYTHONPATH:+:$$PYTHONPATH} $(or $(GPU_PYTHON),$(VENV)/bin/python) -m pytest -q --durations=10 \
+	  tests/kernels/test_linear_logprob.py tests/kernels/test_kernel.py tests/kernels/test_kernel_triton.py tests/kernels/test_kernel_compile.py \
+	  tests/whole/test_attention_gpu.py tests/whole/test_training_gpu.py

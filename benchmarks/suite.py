@@ -16,22 +16,23 @@ from pathlib import Path
 
 import torch
 
-from . import report, tables
+from benchmarks import record as report
+from benchmarks import tables
 
 RESULTS = Path(__file__).parent / "results"
 BIG = ["--model", "pythia-6.9b", "--load-in-4bit"]
 GPU: dict[str, list[str]] = {
-    "kernel": ["benchmarks.kernel"],
-    "sync": ["benchmarks.sync", "--device", "cuda"],
-    "profile": ["benchmarks.profile", *BIG, "--packs", "2048", "8192"],
-    "memory": ["benchmarks.memory", "--model", "pythia-6.9b", "--packs", "2048", "8192", "--parts", "step"],
-    "memory-load": ["benchmarks.memory", "--model", "pythia-6.9b", "--parts", "load"],
-    "memory-8gb": ["benchmarks.memory", "--model", "pythia-6.9b", "--parts", "long", "--memory-cap", "8GiB"],
-    "throughput-24gb": ["benchmarks.throughput", *BIG, "--memory-cap", "24GiB", "--steps", "8", "--repeats", "1"],
+    "kernel": ["benchmarks.kernel.compare"],
+    "sync": ["benchmarks.reference.sync", "--device", "cuda"],
+    "profile": ["benchmarks.step.profile", *BIG, "--packs", "2048", "8192"],
+    "memory": ["benchmarks.step.memory", "--model", "pythia-6.9b", "--packs", "2048", "8192", "--parts", "step"],
+    "memory-load": ["benchmarks.step.memory", "--model", "pythia-6.9b", "--parts", "load"],
+    "memory-8gb": ["benchmarks.step.memory", "--model", "pythia-6.9b", "--parts", "long", "--memory-cap", "8GiB"],
+    "throughput-24gb": ["benchmarks.step.throughput", *BIG, "--memory-cap", "24GiB", "--steps", "8", "--repeats", "1"],
 }
 CPU: dict[str, list[str]] = {
     "throughput": [
-        "benchmarks.throughput",
+        "benchmarks.step.throughput",
         "--pairs",
         "1",
         "2",
@@ -43,11 +44,11 @@ CPU: dict[str, list[str]] = {
         "--repeats",
         "1",
     ],
-    "profile": ["benchmarks.profile", "--packs", "2048", "--steps", "2", "--warmup", "1"],
-    "memory": ["benchmarks.memory", "--toy"],  # a step of a model of real size is for a GPU
-    "memory-load": ["benchmarks.memory", "--model", "pythia-6.9b", "--parts", "load"],  # 14 GB of disk for a while
-    "sync": ["benchmarks.sync", "--device", "cpu"],
-    "blend-error": ["benchmarks.blend_error"],
+    "profile": ["benchmarks.step.profile", "--packs", "2048", "--steps", "2", "--warmup", "1"],
+    "memory": ["benchmarks.step.memory", "--toy"],  # a step of a model of real size is for a GPU
+    "memory-load": ["benchmarks.step.memory", "--model", "pythia-6.9b", "--parts", "load"],  # 14 GB of disk for a while
+    "sync": ["benchmarks.reference.sync", "--device", "cpu"],
+    "blend-error": ["benchmarks.reference.blend_error"],
 }
 
 

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _WHERE = {
-    "TrustRegionConfig": "config",
-    "TrustRegionTrainer": "trainer",
+    "TrustRegionConfig": "settings.config",
+    "TrustRegionTrainer": "train.trainer",
     "Adaptive": "reference",
     "Frozen": "reference",
     "Hard": "reference",
@@ -25,13 +25,30 @@ _WHERE = {
     "preset": "reference",
     "snapshot": "reference",
     "soup_": "reference",
-    "ReferenceSyncCallback": "sync_callback",
+    "ReferenceSyncCallback": "train.callback",
     "LoratError": "errors",
 }
-__all__ = sorted([*_WHERE, "__version__"])
+__all__ = [
+    "Adaptive",
+    "Frozen",
+    "Hard",
+    "LoratError",
+    "ReferenceSyncCallback",
+    "Soft",
+    "TrustRegionConfig",
+    "TrustRegionTrainer",
+    "__version__",
+    "blend_",
+    "copy_",
+    "distance",
+    "extrapolate_",
+    "interpolate_",
+    "preset",
+    "snapshot",
+    "soup_",
+]
 
 if TYPE_CHECKING:
-    from .config import TrustRegionConfig
     from .errors import LoratError
     from .reference import (
         Adaptive,
@@ -47,11 +64,16 @@ if TYPE_CHECKING:
         snapshot,
         soup_,
     )
-    from .sync_callback import ReferenceSyncCallback
-    from .trainer import TrustRegionTrainer
+    from .settings.config import TrustRegionConfig
+    from .train.callback import ReferenceSyncCallback
+    from .train.trainer import TrustRegionTrainer
 
 
 def __getattr__(name: str) -> Any:
     if name in _WHERE:
         return getattr(import_module(f".{_WHERE[name]}", __name__), name)
     raise AttributeError(f"module 'lorat' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,103 +1,107 @@
-"""Imports point one way, and the layout holds the traps that were found once."""
+"""Rooms import rooms above them, and the layout holds the traps that were found once."""
 
 from __future__ import annotations
 
 import ast
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
-# What each module of lorat may import of lorat; `errors` may be imported by all.
-ARROWS = {
-    "lowrank": set(),
-    "pairing": {"lowrank"},
-    "blending": {"lowrank", "pairing"},
-    "rules": {"blending", "pairing"},
-    "reference": {"blending", "pairing", "rules"},
-    "sync_callback": {"reference"},
-    "losses": set(),
-    "errors": set(),
-    "metrics": set(),
-    "packing": set(),
-    "checkpoint": set(),
-    "toy": set(),
-    "formats": set(),
-    "tokenization": {"formats"},
-    "coercion": {"sources"},
-    "sources": set(),
-    "trl": {"coercion", "config", "sources"},
-    "validation": {"config", "reference"},  # config for its type alone
-    "reading": {"formats"},
-    "data": {"formats", "reading", "tokenization"},
-    "config": {"reference", "validation"},
-    "identity": {"config", "data"},
-    "base": {"config"},
-    "adapters": {"base", "config", "reference"},
-    "attention": {"packing"},
-    "fused": set(),
-    "logprobs": {"adapters", "attention", "packing"},
-    "probe": {"attention", "logprobs", "packing"},
-    "blueprint": {"adapters", "base", "config", "reference"},
-    "ledger": set(),
-    "stand_ins": {"attention", "ledger", "logprobs"},
-    "simulation": {"attention", "blueprint", "config", "fused", "ledger", "logprobs", "packing", "stand_ins"},
-    "optimiser_memory": {"config", "ledger"},
-    "memory": {"blueprint", "config", "lowrank", "optimiser_memory", "reference", "simulation"},
-    "fitting": {"config", "memory"},
-    "objectives": {"config", "logprobs", "losses", "packing"},
-    "engine": {"config", "logprobs", "losses", "objectives", "packing"},
-    "estimators": set(),
-    "store": set(),
-    "run_folder": {"adapters", "checkpoint", "reference"},
-    "lineup": {"adapters", "base", "config", "fused", "logprobs", "reference", "run_folder", "tokenization"},
-    "generation": {"lineup", "logprobs", "store", "tokenization"},
-    "evaluation": {"estimators", "generation", "lineup", "logprobs", "packing", "probe", "store"},
-    "prompts": {"formats", "reading", "tokenization"},
-    "samples": {"prompts"},
-    "eval_report": set(),
-    "eval_run": {"base", "estimators", "evaluation", "generation", "lineup", "packing", "store", "tokenization"},
-    "run_options": {"lineup", "run_folder"},
-    "answers": set(),
-    "verdicts": set(),
-    "judge_prompts": {"verdicts"},
-    "judge_client": set(),
-    "judge": {"answers", "judge_client", "judge_prompts", "verdicts"},
-    "run_log": {"checkpoint"},
-    "report_plots": {"run_log"},
-    "report_tables": {"answers", "run_log"},
-    "versions": {"__version__"},
-    "report": {"report_plots", "report_tables", "run_log", "versions"},
-    "commands_judge": {"answers", "judge", "judge_client", "judge_prompts", "report"},
-}
+from tests.helpers.worlds import ROOT
+
+# A room imports only rooms that stand no later than its own. `lorat` itself (its version) may be imported by all.
+ORDER = (
+    "errors files ranks reference settings data packs methods model runs plan measure train judge report sweep demo cli"
+).split()
+OLD_NAMES = {"losses": "methods", "sync_callback": "train"}  # one-line re-exports, for one release
+FILES = sorted((ROOT / "lorat").rglob("*.py"))
+
+
+def room(path: Path) -> str:
+    """The room that a file of lorat stands in: its folder, or its own name at the top."""
+    parts = path.relative_to(ROOT / "lorat").parts
+    return parts[0].removesuffix(".py")
 
 
 def imports(path: Path) -> tuple[set[str], set[str]]:
-    """`(modules of lorat, top-level packages of others)` that a file imports, wherever in it."""
+    """`(rooms of lorat, top-level packages of others)` that a file imports, wherever in it, at run time or for types."""
+    here = ("lorat", *path.relative_to(ROOT / "lorat").parts[:-1])
     ours, others = set(), set()
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.level:
-            ours |= {node.module.split(".")[0]} if node.module else {a.name for a in node.names}
+        if isinstance(node, ast.Import):
+            found = [a.name for a in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.level:
+            above = ".".join(here[: len(here) - node.level + 1])
+            inside = f"{above}.{node.module}" if node.module else above
+            found = [inside] if inside != "lorat" else [f"lorat.{a.name}" for a in node.names]
         elif isinstance(node, ast.ImportFrom):
-            others.add(node.module.split(".")[0])
-        elif isinstance(node, ast.Import):
-            others |= {a.name.split(".")[0] for a in node.names}
+            found = [node.module] if node.module != "lorat" else [f"lorat.{a.name}" for a in node.names]
+        else:
+            continue
+        for name in found:
+            top, _, rest = name.partition(".")
+            (ours if top == "lorat" else others).add(rest.partition(".")[0] if top == "lorat" else top)
     return ours, others
 
 
-@pytest.mark.parametrize("name", ARROWS)
-def test_imports_point_one_way(name):
-    ours, others = imports(ROOT / "lorat" / f"{name}.py")
-    assert ours - {"errors"} <= ARROWS[name]
-    if name in ("reference", "rules", "blending", "pairing", "lowrank", "losses"):
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT / "lorat")))
+def test_a_room_imports_only_rooms_above_it(path):
+    name = room(path)
+    if name in ("__init__", "__main__"):
+        return  # the package's door and the command's
+    own = ORDER.index(OLD_NAMES.get(name, name))
+    later = {r for r in imports(path)[0] - {"__version__"} if ORDER.index(r) > own}
+    assert not later, f"{name} imports {sorted(later)}, which stand later"
+
+
+def test_every_room_is_listed():
+    rooms = {room(p) for p in FILES} - {"__init__", "__main__", *OLD_NAMES}
+    assert rooms <= set(ORDER)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT / "lorat")))
+def test_what_a_room_imports_of_others(path):
+    others = imports(path)[1]
+    assert not {"trl", "pytest"} & others  # oracles of the tests
+    if room(path) == "reference" or path == ROOT / "lorat/methods/losses.py":
         assert others <= {"torch", "math", "re", "collections", "dataclasses", "typing", "__future__"}
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "lorat").glob("*.py")), ids=lambda p: p.name)
-def test_trl_is_a_test_dependency_alone(path):
-    assert not {"trl", "pytest"} & imports(path)[1]
+@pytest.mark.parametrize("module", ["lorat.methods.losses", "lorat.losses", "lorat.reference"])
+def test_the_losses_and_the_reference_want_torch_alone(module):
+    code = (
+        f"import sys, {module}; "
+        "print([m for m in ('transformers', 'peft', 'bitsandbytes', 'accelerate', 'datasets') if m in sys.modules])"
+    )
+    said = subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, capture_output=True, text=True)
+    assert said.stdout.strip() == "[]"
+
+
+PUBLIC = {
+    "lorat": "TrustRegionConfig TrustRegionTrainer ReferenceSyncCallback LoratError Adaptive Frozen Hard Soft blend_ copy_ "
+    "distance extrapolate_ interpolate_ preset snapshot soup_ __version__",
+    "lorat.reference": "POLICY PRESETS REFERENCE SPACES Adaptive Frozen Hard Soft Space UpdateRule adapter_parameters blend_ "
+    "copy_ distance extrapolate_ interpolate_ paired preset relative_distance snapshot soup_",
+    "lorat.losses": "dpo_loss ipo_loss kto_loss kto_baseline PairLoss UnpairedLoss",
+    "lorat.methods.losses": "dpo_loss ipo_loss kto_loss kto_baseline PairLoss UnpairedLoss",
+    "lorat.sync_callback": "ReferenceSyncCallback",
+    "lorat_kernels": "linear_logprob",
+}
+
+
+@pytest.mark.parametrize("module", PUBLIC)
+def test_public_names_keep_working(module):
+    there = import_module(module)
+    assert all(hasattr(there, name) for name in PUBLIC[module].split())
+
+
+def test_the_package_lists_its_names():
+    import lorat
+
+    assert set(PUBLIC["lorat"].split()) == set(lorat.__all__) == set(dir(lorat))
 
 
 def test_kernels_is_no_package_so_that_transformers_can_be_imported_from_here():

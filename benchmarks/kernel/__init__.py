@@ -1,0 +1,1 @@
+"""The log-prob kernel beside its rivals."""

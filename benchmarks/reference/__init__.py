@@ -1,0 +1,1 @@
+"""The moving reference's errors and its cost."""

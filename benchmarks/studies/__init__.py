@@ -1,0 +1,1 @@
+"""Does a moving reference help? Studies with known rewards."""

@@ -1,0 +1,1 @@
+"""Two sets of answers, a judge, a win rate."""

@@ -1,0 +1,191 @@
+"""Asking a judge: any OpenAI-compatible chat endpoint, several questions at a time, every answer kept.
+
+The client is OpenAI's own (`pip install "lorat[judge]"`); it retries what can pass (429, 5xx, lost connections) with
+backoff and as the server's Retry-After says. The key comes from OPENAI_API_KEY and goes nowhere but into the request:
+not into the cache, the results or a message. Answers are appended to the cache as they come, so a run that was killed
+asks only what is missing when it is started again; what was under way at that moment is asked, and paid for, twice.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from ..errors import ConfigError, LoratError, first_line
+
+
+class JudgeError(LoratError, RuntimeError):
+    """A judge that could not be asked, or does not answer as a chat endpoint does."""
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """Where and how to ask. `request`: fields of the request beside model and messages; a null leaves one out."""
+
+    model: str
+    base_url: str
+    request: dict[str, Any]
+    concurrency: int = 8
+    retries: int = 5
+    timeout: float = 120.0
+
+    @property
+    def shown(self) -> str:
+        """The address without a user or password."""
+        parts = urlsplit(self.base_url)
+        return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+
+    def body(self, text: str) -> dict[str, Any]:
+        """The request's JSON for one question."""
+        more = {k: v for k, v in self.request.items() if v is not None}
+        return {"model": self.model, "messages": [{"role": "user", "content": text}], **more}
+
+    def key(self, body: dict[str, Any]) -> str:
+        """SHA-256 of all that decides an answer: the address and the request."""
+        return hashlib.sha256(json.dumps([self.shown, body], sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A judge's answer: its text, the tokens the server counted (None if it did not), and whether it was cut off."""
+
+    text: str
+    tokens_in: int | None
+    tokens_out: int | None
+    cut: bool
+
+
+@dataclass
+class Asked:
+    """`replies` by key; `new`: the keys that this run asked; `refused`: the server's words for requests it turned down."""
+
+    replies: dict[str, Reply]
+    new: set[str] = field(default_factory=set)
+    refused: dict[str, str] = field(default_factory=dict)
+
+
+class Cache:
+    """Replies in a JSON Lines file, one appended and flushed at a time. It holds no prompt, no answer and no key."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.skipped = path, 0
+        self.replies: dict[str, Reply] = {}
+        try:
+            text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = path.open("a", encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(
+                f"the cache {str(path)!r} cannot be used: {error}. Set --cache to another file."
+            ) from error
+        if text and not text.endswith("\n"):  # killed while writing
+            self._file.write("\n")
+        for line in filter(None, text.split("\n")):
+            try:
+                row = json.loads(line)
+                key = row.pop("key")
+                self.replies[key] = Reply(**row)
+            except (ValueError, TypeError, KeyError, AttributeError):
+                self.skipped += 1
+
+    def add(self, key: str, reply: Reply) -> None:
+        self.replies[key] = reply
+        try:
+            self._file.write(json.dumps({"key": key, **asdict(reply)}) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise JudgeError(f"the cache {str(self.path)!r} cannot be written: {error}. Free space there.") from error
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def ask(
+    endpoint: Endpoint, texts: Iterable[str], cache: Cache, progress: Callable[[int, int], None] | None = None
+) -> tuple[list[str], Asked]:
+    """Ask every text that the cache does not answer, each once; returns the texts' keys in order, and what was answered.
+
+    Stops, with all answers so far in the cache, at the first error that retries did not cure (`JudgeError`). A request
+    that the server turns down as such (400, 413, 422: too long, filtered) is recorded, and the others go on.
+    """
+    bodies = [endpoint.body(text) for text in texts]
+    keys = [endpoint.key(body) for body in bodies]
+    missing = {key: body for key, body in zip(keys, bodies, strict=True) if key not in cache.replies}
+    asked = Asked(cache.replies)
+    if missing:
+        asyncio.run(_ask_all(endpoint, missing, cache, asked, progress or (lambda done, total: None)))
+    return keys, asked
+
+
+async def _ask_all(endpoint: Endpoint, missing: dict[str, Any], cache: Cache, asked: Asked, progress) -> None:
+    try:
+        import openai
+    except ImportError as error:
+        raise ConfigError('lorat judge needs OpenAI\'s client: pip install "lorat[judge]".') from error
+    key = os.environ.get("OPENAI_API_KEY") or "none"  # local servers want none
+    waiting = iter(missing.items())
+    failure: list[str] = []
+
+    def plain(error: BaseException) -> str:
+        return first_line(error).replace(key, "***") if key != "none" else first_line(error)
+
+    async def work(client: Any) -> None:
+        for name, body in waiting:  # shared: each worker takes the next one
+            if failure:
+                return
+            try:
+                raw = await client.post("/chat/completions", body=body, cast_to=object)
+                cache.add(name, _reply(raw))
+                asked.new.add(name)
+            except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
+                asked.refused[name] = plain(error)
+                if len(asked.refused) >= 5 and not asked.new:
+                    failure.append(f"it turned down the first five requests: {plain(error)}. See --request")
+            except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
+                failure.append(f"{plain(error)}. Set the environment variable OPENAI_API_KEY to a key that it takes")
+            except openai.NotFoundError as error:
+                failure.append(f"{plain(error)}. Look at --model and --base-url (which mostly ends in /v1)")
+            except openai.APIStatusError as error:
+                if error.status_code == 413:
+                    asked.refused[name] = plain(error)
+                    continue
+                failure.append(f"{plain(error)}, {endpoint.retries} retries included. Lower --concurrency, or wait")
+            except openai.APIError as error:
+                failure.append(
+                    f"{plain(error)}, {endpoint.retries} retries included. Is it up, and is --base-url right?"
+                )
+            except (LoratError, ValueError) as error:  # ValueError: it calls something JSON that is none
+                failure.append(plain(error))
+            progress(len(asked.new) + len(asked.refused), len(missing))
+
+    settings: dict[str, Any] = dict(api_key=key, max_retries=endpoint.retries, timeout=endpoint.timeout)
+    async with openai.AsyncOpenAI(base_url=endpoint.base_url, **settings) as client:
+        await asyncio.gather(*(work(client) for _ in range(min(endpoint.concurrency, len(missing)))))
+    if failure:
+        raise JudgeError(
+            f"the judge {endpoint.model!r} at {endpoint.shown}: {failure[0]}. {len(asked.new)} of {len(missing)} questions "
+            f"were answered and are in {str(cache.path)!r}; the same command asks only the others."
+        )
+
+
+def _reply(raw: Any) -> Reply:
+    """What counts of a chat completion's JSON. Raises `JudgeError` if it is none."""
+    try:
+        choice, usage = raw["choices"][0], raw.get("usage") or {}
+        text = choice["message"].get("content") or ""
+        counts = [usage.get("prompt_tokens"), usage.get("completion_tokens")]
+        if not isinstance(text, str):
+            raise TypeError
+    except (TypeError, KeyError, IndexError, AttributeError) as error:
+        raise JudgeError(
+            f"its answer is no chat completion: {str(raw)[:100]!r}. Look at --base-url (which mostly ends in /v1)"
+        ) from error
+    tokens_in, tokens_out = (c if isinstance(c, int) else None for c in counts)
+    return Reply(text, tokens_in, tokens_out, choice.get("finish_reason") == "length")

@@ -1,0 +1,149 @@
+"""The models of a run beside each other on one base: policy, reference, start, and the base without adapter.
+
+The base is loaded once, as it was in training, with up to three small adapters on it; switching costs nothing. A
+forward pass through any of them computes in the type that training computed in.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel
+from transformers import PreTrainedTokenizerBase
+
+from ..data.tokenization import check_tokenizer
+from ..errors import ModelError
+from ..model.adapters import ADAPTER_WEIGHTS, attach, load_adapter_, record_base_
+from ..model.base import AS_LOADED, load_base, load_tokenizer
+from ..model.fused import computing
+from ..model.logprobs import Head, check_head
+from ..reference import POLICY, REFERENCE
+from ..runs.folder import Found
+from ..settings.config import TrustRegionConfig
+
+_ADAPTERS = {"policy": POLICY, "reference": REFERENCE, "start": "start"}  # as PEFT calls them
+
+
+@dataclass
+class Lineup:
+    """The loaded models; `using(name)` makes forward passes go through one of them."""
+
+    model: PeftModel
+    head: Head
+    tokenizer: PreTrainedTokenizerBase
+    found: Found
+    config: TrustRegionConfig
+    autocast: Callable[[], AbstractContextManager[Any]]
+
+    @property
+    def device(self) -> torch.device:
+        return self.head.weight.device
+
+    @property
+    def names(self) -> list[str]:
+        """The models that are computed, each different from the others."""
+        return self.found.names
+
+    @contextmanager
+    def using(self, name: str) -> Iterator[None]:
+        """Inside, forward passes compute `name`'s, in eval mode, without gradients and in the type of training."""
+        name = self.found.which(name)
+        self.model.eval()
+        with torch.no_grad(), self.autocast():
+            if name not in self.found.folders:  # the base, or a start that is the base
+                with self.model.disable_adapter():
+                    yield
+            else:
+                self.model.set_adapter(_ADAPTERS[name], inference_mode=True)
+                yield
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the numbers of these models, as JSON: base, types, and each adapter's SHA-256."""
+        digests = {
+            m: hashlib.sha256((f / ADAPTER_WEIGHTS).read_bytes()).hexdigest() for m, f in self.found.folders.items()
+        }
+        keys = ("model_name_or_path", *AS_LOADED)
+        return {k: getattr(self.config, k) for k in keys} | {
+            "compute": "bf16" if self.config.bf16 else "fp16" if self.config.fp16 else str(self.head.weight.dtype)[6:],
+            "device": self.device.type,
+            "adapters": digests,
+            "same_as": self.found.same_as,
+        }
+
+
+def load(
+    found: Found,
+    *,
+    base_model: str | None = None,
+    dtype: str | None = None,
+    in_4bit: bool | None = None,
+    cpu: bool = False,
+    trust_remote_code: bool = False,
+) -> Lineup:
+    """Load the base once, as the run did, and put the run's adapters on it.
+
+    `base_model`: where the base lies now. `dtype`: computing type instead of the run's. Raises a `LoratError` where a
+    part is missing or does not fit.
+    """
+    policy = found.folders["policy"]
+    recorded = PeftConfig.from_pretrained(str(policy)).base_model_name_or_path
+    if not (name := base_model or recorded):
+        raise ModelError(f"{str(policy)!r} does not say what its base is; give it with --base-model.")
+    saved, on_gpu = found.settings, torch.cuda.is_available() and not cpu
+    how: dict[str, Any] = {k: saved[k] for k in AS_LOADED if k in saved}
+    if saved:
+        how |= {"bf16": bool(saved.get("bf16")) and on_gpu, "fp16": bool(saved.get("fp16")) and on_gpu}
+    if dtype:
+        how |= {"dtype": dtype, "bf16": on_gpu and dtype == "bfloat16", "fp16": on_gpu and dtype == "float16"}
+    if in_4bit is not None:
+        how["load_in_4bit"] = in_4bit
+    here = (policy / "tokenizer_config.json").is_file()
+    how["tokenizer_name_or_path"] = str(policy) if here else saved.get("tokenizer_name_or_path")
+    config = TrustRegionConfig(
+        model_name_or_path=name,
+        output_dir=str(policy),
+        use_cpu=not on_gpu,
+        trust_remote_code=trust_remote_code,
+        report_to="none",
+        **how,
+    )
+    tokenizer = load_tokenizer(config)
+    check_tokenizer(tokenizer)
+    reference = found.folders.get("reference")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*base_model_name_or_path.*was renamed.*")  # as --base-model asks
+        model = attach(
+            load_base(config),
+            policy_adapter=str(policy),
+            ref_adapter=str(reference) if reference else None,
+            check_base=base_model is None,
+        )
+    if start := found.folders.get("start"):
+        settings = PeftConfig.from_pretrained(str(start))
+        if not isinstance(settings, LoraConfig):
+            raise ModelError(f"{str(start)!r} holds a {settings.peft_type} adapter; a start is a LoRA adapter.")
+        model.add_adapter(_ADAPTERS["start"], settings)
+        load_adapter_(model, start, _ADAPTERS["start"])
+    record_base_(config, model)
+    half = torch.bfloat16 if config.bf16 else torch.float16
+    device = torch.device("cuda" if on_gpu else "cpu")
+    head = Head.of(model)
+    check_head(model, head, head.weight.device)
+    return Lineup(
+        model,
+        head,
+        tokenizer,
+        found,
+        config,
+        computing(
+            model,
+            bool(config.bf16),
+            lambda: torch.autocast(device.type, half, enabled=bool(config.bf16 or config.fp16)),
+        ),
+    )

@@ -1,0 +1,1 @@
+"""What DPO, IPO and KTO ask of an example."""

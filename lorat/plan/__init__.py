@@ -1,0 +1,1 @@
+"""Will it fit? A training step without values."""

@@ -1,0 +1,83 @@
+"""The README.md of a trained adapter: what it is, how it was made, how to load it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from .versions import versions
+
+BODY = """\
+# {title}
+
+A LoRA adapter for `{base}`, aligned with [lorat](https://arxiv.org/abs/2404.09656): {method} with {sync}
+reference.
+
+| | |
+|---|---|
+| base | `{base}`{quantised} |
+| started from | {start} |
+| data | {data} |
+| method | {method}, beta {beta:g} |
+| reference | {reference} |
+| steps | {steps} optimiser steps, {examples} examples each |
+| learning rate | {learning_rate:g} |
+| adapter | rank {rank}, alpha {alpha:g} |
+| versions | {versions} |
+
+## Load it
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+base = AutoModelForCausalLM.from_pretrained("{base}")
+model = PeftModel.from_pretrained(base, "{folder}")
+tokenizer = AutoTokenizer.from_pretrained("{folder}")
+```
+"""
+
+
+def write_model_card(folder: Path, trainer: Any) -> None:
+    """Write `folder`/README.md from what the trainer ran with."""
+    args, rule = trainer.args, trainer.rule
+    peft_config = trainer.model.peft_config["default"]
+    base = args.model_name_or_path or trainer.model.get_base_model().config._name_or_path or "the base model"
+    moved = f"{rule.updates} update{'' if rule.updates == 1 else 's'}"
+    reference = f"{args.sync}, alpha {rule.alpha:g} every {rule.every} steps, lag {rule.lag:.1f} steps, {moved}"
+    if rule.adaptive:
+        limits = ", ".join(f"{k} {v:g}" for k in ("sync_limit", "sync_distance") if (v := getattr(args, k)) is not None)
+        reference = f"adaptive, alpha {rule.alpha:g}, {limits}, at least {rule.every} steps apart, {moved}"
+    method = {"dpo": "DPO", "ipo": "IPO", "kto": "KTO"}[args.method]
+    start = f"adapter `{args.policy_adapter}`" if args.policy_adapter else "the base itself"
+    start += f", reference from adapter `{args.ref_adapter}`" if args.ref_adapter else ""
+    data = args.dataset_name or "given in Python"
+    quantised = ", in 4-bit " + args.bnb_4bit_quant_type.upper() if args.load_in_4bit else ""
+    text = BODY.format(
+        title=f"{Path(base).name} aligned by {'TR-' if rule.moves else ''}{method}",
+        base=base,
+        folder=folder,
+        quantised=quantised,
+        start=start,
+        method=("TR-" if rule.moves else "") + method,
+        sync={"frozen": "a frozen", "soft": "a softly moving", "hard": "a hard-updated", "adaptive": "an adaptive"}[
+            args.sync
+        ],
+        data=f"`{data}`, split `{args.dataset_split}`" if args.dataset_name else data,
+        beta=args.beta,
+        reference=reference if rule.moves else "frozen at the start",
+        steps=trainer.state.global_step,
+        examples=args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        learning_rate=args.learning_rate,
+        rank=getattr(peft_config, "r", 0),
+        alpha=getattr(peft_config, "lora_alpha", 0),
+        versions=", ".join(f"{name} {number}" for name, number in versions().items()),
+    )
+    tags = ["lorat", "peft", "lora", method.lower()] + (["tr-" + method.lower()] if rule.moves else [])
+    hub_base = base if base.count("/") == 1 and not Path(base).exists() else None
+    card = ModelCardData(library_name="peft", base_model=hub_base, tags=tags)
+    (folder / "README.md").write_text(
+        str(ModelCard(f"---\n{card.to_yaml()}\n---\n\n{text}", ignore_metadata_errors=True))
+    )

@@ -1,0 +1,21 @@
+"""Which versions were at work, for run folders, model cards and evaluations."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+
+from .. import __version__
+
+PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "datasets", "accelerate")
+
+
+def versions() -> dict[str, str]:
+    """`{"python": …, "lorat": …}` and so on; a package that has no metadata (a bare checkout, say) is "unknown"."""
+    found = {"python": platform.python_version(), "lorat": __version__}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "unknown"
+    return found
