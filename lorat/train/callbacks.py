@@ -62,7 +62,8 @@ class SignalCallback(TrainerCallback):
         self.received = number
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
-        self.received = self.ranks.max(self.received or 0) or None
+        if args.world_size > 1:
+            self.received = self.ranks.max(self.received or 0) or None
         if self.received is not None and state.global_step < state.max_steps:
             control.should_save = control.should_training_stop = True
             control.should_evaluate = False  # the checkpoint first: whoever sent the signal may not wait
