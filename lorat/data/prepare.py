@@ -1,7 +1,8 @@
 """Raw preference data -> tokenised examples, with an account of every row.
 
-A row that cannot teach anything is dropped and reported with its number. Everything is read once, in one process,
-and what was tokenised before passes through untouched. Reading files is in `reading.py`.
+A row that cannot teach anything is dropped and reported with its number. What was tokenised before passes through
+untouched. Rows are tokenised in as many processes as asked, so that each gives its part of the account as columns
+beside its ids. Reading files is in `reading.py`.
 """
 
 from __future__ import annotations
@@ -9,23 +10,28 @@ from __future__ import annotations
 import bisect
 import hashlib
 import math
+import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, Features, List, Value
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import DataError
-from .formats import canonical_text, detect
+from .formats import Format, canonical_text, detect
 from .reading import quiet
 from .tokenization import Tokens, as_row, check_tokenizer, encode, truncate, unfit
 
 IDS = List(Value("int32"))
 PAIR = {"row": Value("int64"), "prompt_ids": IDS, "chosen_ids": IDS, "rejected_ids": IDS}
 SINGLE = {"row": Value("int64"), "prompt_ids": IDS, "completion_ids": IDS, "label": Value("bool")}
+# What each raw row says for the report: why it was dropped, its uncut length, and what was cut.
+ACCOUNT = {"dropped": Value("string"), "uncut": Value("int64"), "prompt_cut": Value("bool"), "cut": Value("int8")}
 
 
 def prepare(
@@ -37,12 +43,14 @@ def prepare(
     max_prompt_length: int | None = None,
     overlong: str = "truncate",
     name: str = "train",
+    num_proc: int | None = None,
 ) -> tuple[Dataset, DataReport]:
     """Raw preference data of any accepted layout -> tokenised examples (columns `PAIR` or `SINGLE`) and a report.
 
     Rows that teach nothing are dropped and reported. `overlong="truncate"` cuts to `max_length` (prompt + longest
     completion) and `max_prompt_length`; "drop" cuts nothing and drops what exceeds either. Method kto splits pairs:
     all chosen first, then all rejected. Data with a `prompt_ids` column passes through, whatever its lengths.
+    `num_proc`: processes that tokenise; the result does not depend on it.
     Raises `DataError` when the layout is unknown, no row is left, or every completion lost its EOS.
     """
     if not isinstance(dataset, Dataset):
@@ -55,46 +63,74 @@ def prepare(
     columns = SINGLE if form.unpair or form.layout == "kto" else PAIR
     unit = "completions" if form.layout == "kto" else "pairs"
     report = DataReport(name, form.name + form.unpair * ", split into single completions", unit, len(dataset))
-    uncut: list[int] = []  # totals before cutting, of every row that could be tokenised
-    sizes: list[tuple[int, ...]] = []
-
-    def tokenize(batch: dict[str, list], rows: list[int], side: str | None = None) -> dict[str, list]:
-        usable = []
-        for row, cells in zip(rows, zip(*batch.values())):
-            example = canonical_text(dict(zip(batch, cells)), form)
-            if isinstance(example, str):
-                report.drop(example, row)
-                continue
-            if side:
-                example = {"prompt": example["prompt"], "completion": example[side], "label": side == "chosen"}
-            usable.append((row, example))
-        kept: list[dict] = []
-        for (row, example), tokens in zip(usable, encode([example for _, example in usable], tokenizer)):
-            if isinstance(tokens, Tokens):
-                uncut.append(tokens.total)
-                if overlong == "truncate":
-                    tokens = truncate(tokens, max_length, max_prompt_length, tokenizer.bos_token_id)
-                tokens = unfit(tokens, max_length, max_prompt_length) or tokens
-            if isinstance(tokens, str):
-                report.drop(tokens, row)
-                continue
-            report.prompts_cut += tokens.cut_prompt
-            report.completions_cut += sum(tokens.cut)
-            sizes.append((len(tokens.prompt), *map(len, tokens.completions)))
-            kept.append(as_row(row, tokens, example.get("label")))
-        return {column: [example[column] for example in kept] for column in columns}
-
     raw = dataset.select_columns([*form.kinds, *(["label"] if form.layout == "kto" else [])])
-    options: dict[str, Any] = {"batched": True, "with_indices": True, "load_from_cache_file": False}
-    options |= {"features": Features(columns), "remove_columns": raw.column_names}
-    sides = [{"side": side} for side in ("chosen", "rejected")] if form.unpair else [{}]
+    how = {"form": form, "tokenizer": tokenizer, "columns": tuple(columns), "overlong": overlong}
+    how |= {"max_length": max_length, "max_prompt_length": max_prompt_length}
+    options: dict[str, Any] = {"batched": True, "with_indices": True, "remove_columns": raw.column_names}
+    options |= {"features": Features(columns | ACCOUNT), "load_from_cache_file": False}
+    if num_proc and num_proc > 1 and len(raw) > 1:
+        options["num_proc"] = min(num_proc, len(raw))
+    sides = ["chosen", "rejected"] if form.unpair else [None]
     with quiet():
-        result = datasets.concatenate_datasets([raw.map(tokenize, fn_kwargs=side, **options) for side in sides])
-    report.measure(sizes)
-    report.longest = max(uncut, default=0)
-    if report.completions_cut == sum(len(size) - 1 for size in sizes):  # nothing kept, or nothing kept whole
-        raise DataError(_nothing_left(report, sorted(uncut)))
+        parts = [
+            raw.map(tokenise, fn_kwargs={**how, "side": side}, new_fingerprint=uuid.uuid4().hex, **options)
+            for side in sides  # with a name given, `datasets` need not pickle the tokenizer to make one
+        ]
+        rows = datasets.concatenate_datasets(parts).with_format("arrow")
+        options = {"batched": True, "batch_size": 10_000, "load_from_cache_file": False}
+        options |= {"features": Features(columns), "remove_columns": list(ACCOUNT)}
+        result = rows.map(_kept, **options).with_format(None)
+    uncut = report.enter(rows)
+    if report.completions_cut == report.rows_kept * (len(columns) - 2 - ("label" in columns)):  # or nothing is kept
+        raise DataError(_nothing_left(report, uncut))
     return result, report
+
+
+def tokenise(
+    batch: dict[str, list],
+    rows: list[int],
+    *,
+    form: Format,
+    tokenizer: PreTrainedTokenizerBase,
+    columns: Sequence[str],
+    max_length: int | None,
+    max_prompt_length: int | None,
+    overlong: str,
+    side: str | None,
+) -> dict[str, list]:
+    """Raw rows, column by column, -> as many tokenised rows with their `ACCOUNT`; a dropped row's ids are null.
+
+    `rows`: their numbers. `side`: the side of each pair to take as a single completion (method kto).
+    """
+    account: list[dict[str, Any]] = [{} for _ in rows]
+    usable = []
+    for place, cells in enumerate(zip(*batch.values())):
+        example = canonical_text(dict(zip(batch, cells)), form)
+        if isinstance(example, str):
+            account[place]["dropped"] = example
+            continue
+        if side:
+            example = {"prompt": example["prompt"], "completion": example[side], "label": side == "chosen"}
+        usable.append((place, example))
+    for (place, example), tokens in zip(usable, encode([example for _, example in usable], tokenizer)):
+        entry = account[place]
+        if isinstance(tokens, Tokens):
+            entry["uncut"] = tokens.total
+            if overlong == "truncate":
+                tokens = truncate(tokens, max_length, max_prompt_length, tokenizer.bos_token_id)
+            tokens = unfit(tokens, max_length, max_prompt_length) or tokens
+        if isinstance(tokens, str):
+            entry["dropped"] = tokens
+            continue
+        entry |= {"prompt_cut": tokens.cut_prompt, "cut": sum(tokens.cut)}
+        entry |= as_row(rows[place], tokens, example.get("label"))
+    for number, entry in zip(rows, account):
+        entry.setdefault("row", number)
+    return {c: [entry.get(c) for entry in account] for c in (*columns, *ACCOUNT)}
+
+
+def _kept(table: pa.Table) -> pa.Table:
+    return table.filter(pc.is_null(table["dropped"])).drop_columns(list(ACCOUNT))
 
 
 def _nothing_left(report: DataReport, uncut: list[int]) -> str:
@@ -156,6 +192,24 @@ class DataReport:
         place = bisect.bisect_left(rows, row)
         if rows[place : place + 1] != [row]:
             rows.insert(place, row)
+
+    def enter(self, rows: Dataset) -> list[int]:
+        """Fills everything in from tokenised rows with their `ACCOUNT` (arrow format); returns all uncut totals, sorted."""
+        uncut: list[int] = []
+        sizes: list[tuple[int, ...]] = []
+        for table in rows.iter(10_000):
+            for row, reason in zip(table["row"].to_pylist(), table["dropped"].to_pylist()):
+                if reason is not None:
+                    self.drop(reason, row)
+            uncut += table["uncut"].drop_null().to_pylist()
+            table = table.filter(pc.is_null(table["dropped"]))
+            self.prompts_cut += pc.sum(table["prompt_cut"]).as_py() or 0
+            self.completions_cut += pc.sum(table["cut"]).as_py() or 0
+            lists = [table[c] for c in table.column_names if c.endswith("_ids")]
+            sizes += zip(*(pc.list_value_length(ids).to_pylist() for ids in lists))
+        self.measure(sizes)
+        self.longest = max(uncut, default=0)
+        return sorted(uncut)
 
     def measure(self, sizes: list[tuple[int, ...]]) -> None:
         """Fills in `rows_kept` and `lengths` from (prompt, completion, ...) lengths, one tuple per example."""
