@@ -394,9 +394,12 @@ def test_other_bad_input(tokenizer):
 
 
 def test_torch_formatted_data_is_read_as_python(tokenizer):
-    raw = Dataset.from_dict({"prompt": [w(2)], "completion": [w(3)], "label": [1]}).with_format("torch")
+    raw = Dataset.from_dict({"prompt": [w(2), w(2)], "completion": [w(3), w(4)], "label": [1, 0]}).with_format("torch")
     rows, _ = run(raw, tokenizer, "kto")
-    assert rows == [{"row": 0, "prompt_ids": [2], "completion_ids": [3, 0], "label": True}]
+    assert rows == [
+        {"row": 0, "prompt_ids": [2], "completion_ids": [3, 0], "label": True},
+        {"row": 1, "prompt_ids": [2], "completion_ids": [4, 0], "label": False},
+    ]
 
 
 def test_lengths_by_nearest_rank(tokenizer):
