@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainerCallback
 from transformers import ProgressCallback as PlainProgressCallback
 
+from ..data.columns import RowSettings
 from ..data.prepare import DataReport, check_budget, extent, pack_sizes, prepare
 from ..data.tokenization import check_tokenizer
 from ..errors import ConfigError
@@ -140,6 +141,8 @@ class TrustRegionTrainer(StepMixin, CheckpointMixin, EvaluationMixin, Trainer):
             max_prompt_length=args.max_prompt_length,
             overlong=args.overlong,
             name=name,
+            rows=RowSettings.of(vars(args)),
+            weights=(args.desirable_weight, args.undesirable_weight),
         )
         self.reports.append(report)
         return dataset
