@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..errors import ConfigError
 from ..runs.versions import versions
-from .options import common, going_on, loaded, progress_bars, result_path, terminal
+from .options import add_row_options, common, going_on, loaded, progress_bars, result_path, row_settings, terminal
 
 EVAL = "eval.json"
 
@@ -25,6 +25,7 @@ def evaluate(argv: list[str]) -> int:
         "--split", default="train", help="split of them; slices such as test[:500] work (default: train)"
     )
     parser.add_argument("--subset", help="configuration of a hub dataset")
+    add_row_options(parser)
     parser.add_argument(
         "--samples", type=int, default=256, help="completions to sample of each model; 0: none (default: 256)"
     )
@@ -75,6 +76,7 @@ def evaluate(argv: list[str]) -> int:
         max_prompt_length=settings.get("max_prompt_length"),
         overlong=settings.get("overlong", "truncate"),
         name="eval",
+        rows=row_settings(o, settings),
     )
     console.print(report.render(), soft_wrap=True)
     plan = Plan(

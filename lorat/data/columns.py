@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from ..errors import DataError
@@ -58,6 +58,11 @@ class RowSettings:
     rankings: Literal["best_worst", "all_pairs"] = "best_worst"
     user_endings: Literal["keep", "cut", "drop"] = "keep"
     chat_template_kwargs: Mapping[str, Any] | None = None
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any]) -> RowSettings:
+        """Those among the settings of a run that say how rows are read."""
+        return cls(**{f.name: settings[f.name] for f in fields(cls) if settings.get(f.name) is not None})
 
     def column(self, role: str, default: str) -> str:
         """The column of a role that a mapping may have renamed."""

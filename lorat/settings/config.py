@@ -72,6 +72,24 @@ class TrustRegionConfig(TrainingArguments):
         "Data", None, "Longest prompt in tokens; its end is kept. Unset: shortened only where max_length asks for it."
     )
     overlong: Literal["truncate", "drop"] = _f("Data", "truncate", "What to do with a row beyond max_length.")
+    columns: dict[str, str | None] | None = _f(
+        "Data", None, "Which column is which: prompt=question,chosen=good,rejected=bad,system=sys … (docs/data.md)."
+    )
+    dialogues: Literal["chat", "text"] | None = _f(
+        "Data",
+        None,
+        "chat: texts, Human:/Assistant: dialogues too, become messages; text: messages become such a dialogue. Unset: as "
+        "written.",
+    )
+    rankings: Literal["best_worst", "all_pairs"] = _f(
+        "Data", "best_worst", "Pairs from a row with many ranked or scored answers: best against worst, or all."
+    )
+    user_endings: Literal["keep", "cut", "drop"] = _f(
+        "Data", "keep", "The user's words at the end of an answer: train on them, cut them, or drop the row."
+    )
+    chat_template_kwargs: dict[str, Any] | None = _f(
+        "Data", None, "Given to the chat template for every row, e.g. {enable_thinking: false}; a row's own win."
+    )
 
     method: Literal["dpo", "ipo", "kto", "apo_zero", "hypo"] = _f(
         "Method", "dpo", "Loss: DPO, IPO, KTO, APO-zero, or HyPO (DPO that ignores a pessimistic reference)."
