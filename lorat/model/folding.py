@@ -70,9 +70,10 @@ def dequantised(module: Any) -> nn.Module:
     bias = module.bias
     with torch.device("meta"):
         plain = nn.Linear(module.in_features, module.out_features, bias is not None)
-    plain.weight = nn.Parameter(weight.float(), requires_grad=False)
-    plain.bias = None if bias is None else nn.Parameter(bias.detach().float(), requires_grad=False)
-    plain.source_cls = getattr(module, "source_cls", nn.Linear)
+    made: Any = plain
+    made.weight = nn.Parameter(weight.float(), requires_grad=False)
+    made.bias = None if bias is None else nn.Parameter(bias.detach().float(), requires_grad=False)
+    made.source_cls = getattr(module, "source_cls", nn.Linear)
     x = torch.randn(1, 4, module.in_features, generator=torch.Generator().manual_seed(0)).to(weight.device)
     theirs, ours = module(x).float(), plain(x)
     if not (theirs - ours).norm() <= PRODUCT * ours.norm() + 1e-30:
@@ -102,7 +103,8 @@ def fold_(modules: Iterable[nn.Module]) -> None:
             # the classes for 4 and 8 bits would quantise the sum again
             packs = type(module).__module__ == "peft.tuners.lora.bnb"
             try:
-                (LoraLinear.merge if packs else type(module).merge)(module, safe_merge=True)  # type: ignore[attr-defined]
+                merge: Any = LoraLinear.merge if packs else type(module).merge
+                merge(module, safe_merge=True)
             except (ValueError, RuntimeError, NotImplementedError) as error:
                 raise ModelError(
                     f"PEFT cannot fold this adapter into a {type(module).__name__} layer ({first_line(error)}); load it with "
@@ -113,7 +115,7 @@ def fold_(modules: Iterable[nn.Module]) -> None:
 def round_(modules: Iterable[tuple[str, nn.Module]], dtype: torch.dtype, kept: Callable[[str], bool]) -> None:
     """Round to `dtype` what a file of the model holds; `kept(name)`: tensors that stay in float32."""
     for prefix, module in list(modules):
-        tensors = dict(module.named_parameters(recurse=False))
+        tensors: dict[str, Tensor] = dict(module.named_parameters(recurse=False))
         tensors |= {n: b for n, b in module.named_buffers(recurse=False) if n not in module._non_persistent_buffers_set}
         for name, tensor in tensors.items():
             if tensor.is_floating_point():
@@ -150,12 +152,14 @@ def each_layer(layers: Iterable[nn.Module], prepare: Callable[[nn.Module], None]
 def untie_if_adapted_(model: PeftModel) -> None:
     """Give the head a matrix of its own where an adapter changes the input embeddings that it shares: it was not under it."""
     base: Any = model.get_base_model()
-    table, head = base.get_input_embeddings(), base.get_output_embeddings()
+    table: Any = base.get_input_embeddings()
+    head: Any = base.get_output_embeddings()
     if head is None or not isinstance(table, BaseTunerLayer) or not hasattr(table.get_base_layer(), "weight"):
         return
     if head.weight is table.get_base_layer().weight:
         head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
-        for config in (base.config, base.config.get_text_config()):
+        whole: Any = base.config
+        for config in (whole, whole.get_text_config()):
             config.tie_word_embeddings = False
 
 
@@ -192,7 +196,9 @@ def stays_float32(model: nn.Module) -> Callable[[str], bool]:
     """Names whose tensors transformers holds in float32 whatever the model's type is, by a part of the name."""
     words = {*(getattr(model, "_keep_in_fp32_modules", None) or ())}
     words |= {*(getattr(model, "_keep_in_fp32_modules_strict", None) or ())}
-    return lambda name: any(re.fullmatch(re.escape(w).replace(r"\*", ".*"), part) for w in words for part in name.split("."))
+    return lambda name: any(
+        re.fullmatch(re.escape(w).replace(r"\*", ".*"), part) for w in words for part in name.split(".")
+    )
 
 
 @torch.no_grad()

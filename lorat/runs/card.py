@@ -138,7 +138,9 @@ def write_merged_card(folder: Path, adapter: Path, report: Any) -> None:
         made=made,
     )
     hub_base = base if base.count("/") == 1 and not local else None
-    card = ModelCardData(library_name="transformers", base_model=hub_base, tags=["lorat"], pipeline_tag="text-generation")
+    card = ModelCardData(
+        library_name="transformers", base_model=hub_base, tags=["lorat"], pipeline_tag="text-generation"
+    )
     (folder / "README.md").write_text(
         str(ModelCard(f"---\n{card.to_yaml()}\n---\n\n{text}", ignore_metadata_errors=True))
     )

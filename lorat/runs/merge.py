@@ -28,7 +28,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import cached_file
 
-from ..errors import CheckpointError, ConfigError, LoratError, ModelError, first_line
+from ..errors import CheckpointError, ConfigError, ModelError, first_line
 from ..model import folding
 from ..model.adapters import adapter_folder
 from ..model.base import Base, load_base, load_tokenizer, reading_in_turn
@@ -42,7 +42,12 @@ SENTENCES = (
 )
 EXACT = 1e-4  # nats a token: what float32 arithmetic in another order may change
 SHARD = "2GB"
-BESIDE = ("generation_config.json", "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
+BESIDE = (
+    "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+)
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 
 
@@ -140,7 +145,14 @@ def merge(
 
 
 def _merge(
-    folder: Path, staged: Path, target: Path, trained: Base, base: str, tokenizer: Any, known: torch.dtype, kind: torch.dtype
+    folder: Path,
+    staged: Path,
+    target: Path,
+    trained: Base,
+    base: str,
+    tokenizer: Any,
+    known: torch.dtype,
+    kind: torch.dtype,
 ) -> MergeReport:
     """Write the merged model to `staged`, read it back, and raise `ModelError` unless it computes what it should."""
     model = _with_adapter(trained, folder)
@@ -201,7 +213,7 @@ def _check_stored(trained: Base, base: str) -> torch.dtype:
     """The type that the base is stored in; raises `ModelError` for one that cannot be merged into."""
     how: dict[str, Any] = dict(revision=trained.revision or "main", trust_remote_code=trained.trust_remote_code)
     try:
-        config = AutoConfig.from_pretrained(trained.name, **how)
+        config = AutoConfig.from_pretrained(str(trained.name), **how)
     except Exception as error:
         raise ModelError(
             f"{trained.name!r} has no readable model configuration ({first_line(error)}). Name the folder or hub id of the "
@@ -231,7 +243,7 @@ def _type_in_file(trained: Base, how: dict[str, Any]) -> torch.dtype:
     """The type of the first floating tensor in the base's file; float32 where there is none."""
     from safetensors import safe_open
 
-    path = cached_file(trained.name, "model.safetensors", _raise_exceptions_for_missing_entries=False, **how)
+    path = cached_file(str(trained.name), "model.safetensors", _raise_exceptions_for_missing_entries=False, **how)
     if path:
         words = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
         with safe_open(path, framework="pt") as file:
@@ -307,11 +319,14 @@ def _save(plain: Any, staged: Path, trained: Base, tokenizer: Any, kind: torch.d
     kept = folding.stays_float32(plain)
     folding.round_(folding.outside(plain, layers.values()), kind, kept)
     how: dict[str, Any] = dict(revision=trained.revision or "main", trust_remote_code=trained.trust_remote_code)
-    stored, text = AutoConfig.from_pretrained(trained.name, **how).get_text_config(), plain.config.get_text_config()
+    stored, text = (
+        AutoConfig.from_pretrained(str(trained.name), **how).get_text_config(),
+        plain.config.get_text_config(),
+    )
     for key, value in stored.to_dict().items():
         if key.endswith(("dropout", "pdrop")):  # training had set it to 0
             setattr(text, key, value)
-    beside = {f: cached_file(trained.name, f, _raise_exceptions_for_missing_entries=False, **how) for f in BESIDE}
+    beside = {f: cached_file(str(trained.name), f, _raise_exceptions_for_missing_entries=False, **how) for f in BESIDE}
     if beside["generation_config.json"]:
         plain.generation_config = GenerationConfig()  # the base's own file is taken as it is
     size = sum(t.numel() * t.element_size() for t in plain.state_dict().values())
@@ -348,7 +363,8 @@ def _read_back(
     """
     try:
         with reading_in_turn():
-            loaded, said = AutoModelForCausalLM.from_pretrained(
+            read: Any = AutoModelForCausalLM.from_pretrained
+            loaded, said = read(
                 str(staged), output_loading_info=True, use_safetensors=True, trust_remote_code=trained.trust_remote_code
             )
         again = AutoTokenizer.from_pretrained(str(staged), trust_remote_code=trained.trust_remote_code)
@@ -365,7 +381,11 @@ def _read_back(
         raise ModelError("the saved tokenizer, read back, gives other tokens or another chat template than the run's.")
     for name, made in _unsaved_buffers(loaded):
         ours = buffers.get(name)
-        if ours is None or ours.shape != made.shape or not torch.allclose(ours.double(), made.double(), rtol=1e-2, atol=1e-6):
+        if (
+            ours is None
+            or ours.shape != made.shape
+            or not torch.allclose(ours.double(), made.double(), rtol=1e-2, atol=1e-6)
+        ):
             raise ModelError(f"the merged model, read back, computes another {name} from its configuration.")
         made.data = ours.data
     return _measured(loaded, ids)
