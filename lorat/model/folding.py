@@ -157,7 +157,7 @@ def untie_if_adapted_(model: PeftModel) -> None:
     if head is None or not isinstance(table, BaseTunerLayer) or not hasattr(table.get_base_layer(), "weight"):
         return
     if head.weight is table.get_base_layer().weight:
-        head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+        head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)  # type: ignore[operator]
         whole: Any = base.config
         for config in (whole, whole.get_text_config()):
             config.tie_word_embeddings = False
