@@ -93,6 +93,7 @@ def train(argv: list[str]) -> int:
                 args.eval_dataset_split or "train",
                 None if args.eval_dataset_name else args.dataset_config_name,
             )
+    trainer: TrustRegionTrainer | None = None
     try:
         with Console(stderr=True, quiet=args.process_index != 0).status(
             f"Tokenising {len(data):,} rows and loading {args.model_name_or_path} …"
@@ -102,8 +103,9 @@ def train(argv: list[str]) -> int:
             say(report.render())
         trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     except torch.cuda.OutOfMemoryError as error:
+        tokens = (args if trainer is None else trainer.args).max_tokens_per_pack
         _say_error(
-            f"out of GPU memory at max_tokens_per_pack={args.max_tokens_per_pack} ({str(error).splitlines()[0]}). Set "
+            f"out of GPU memory at max_tokens_per_pack={tokens} ({str(error).splitlines()[0]}). Set "
             "max_tokens_per_pack to half of it (the mathematics stays the same), or shorten max_length."
         )
         return 1

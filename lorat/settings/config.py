@@ -7,11 +7,13 @@ give different results. Costs nothing: no model, tokenizer or dataset is touched
 
 from __future__ import annotations
 
+import copy
 from dataclasses import MISSING, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from transformers import TrainingArguments
+from transformers.trainer_pt_utils import AcceleratorConfig
 
 from ..reference import Adaptive, Frozen, Hard, Soft, UpdateRule, preset
 from .table import FREE, TRAINER_FIELDS
@@ -25,6 +27,9 @@ if TYPE_CHECKING:
 # transformers renamed gradient_checkpointing to activation_checkpointing; older versions lack the new name.
 _NAMES = {f.name for f in fields(TrainingArguments)}
 CHECKPOINTING = "activation_checkpointing" if "activation_checkpointing" in _NAMES else "gradient_checkpointing"
+
+_CHECKPOINTING = tuple(n for n in (CHECKPOINTING, "gradient_checkpointing") if n in _NAMES)  # one and the same
+_SEEN = {"bf16", *_CHECKPOINTING}
 
 GROUPS = ("Model", "Data", "Method", "Reference", "Adapter", "Run")
 
@@ -41,6 +46,7 @@ class TrustRegionConfig(TrainingArguments):
     """Settings of `TrustRegionTrainer` and of `lorat train`.
 
     Raises `ConfigError` that lists every contradiction at once, before anything is loaded.
+    What is left unset stays so here, and has its value in `resolved()`; nothing else ever writes to it.
     Defaults that differ from `TrainingArguments`: learning rate 1e-5, `logging_steps` 10, activation
     checkpointing on, bf16 where the GPU has it.
     """
@@ -154,25 +160,64 @@ class TrustRegionConfig(TrainingArguments):
         check_config(self)
         if self.disable_tqdm is None:  # else it follows transformers' log level
             self.disable_tqdm = False
+        unset = self._unset()
+        before = {name: getattr(self, name) for name in _SEEN & unset.keys()}
+        for name in before:  # transformers checks these, and derives others from them
+            setattr(self, name, unset[name])
+        super().__post_init__()
+        for name, value in before.items():
+            setattr(self, name, value)
+
+    def resolved(self) -> TrustRegionConfig:
+        """A copy in which everything that was left unset has its value: what lorat and transformers work on.
+
+        Shares nothing that can be written to; this object stays as it was set.
+        """
+        out = copy.copy(self)
+        for f in fields(self):
+            if isinstance(value := getattr(self, f.name, None), list | dict | AcceleratorConfig):
+                setattr(out, f.name, copy.deepcopy(value))
+        for name, value in self._unset().items():
+            setattr(out, name, value)
+        return out
+
+    def _unset(self) -> dict[str, Any]:
+        """The values of the settings that were left unset, or that a name stands for."""
+        out: dict[str, Any] = {}
         if self.bf16 is None:
             on_gpu = not self.use_cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported(False)
-            self.bf16 = bool(on_gpu and not self.fp16)
+            out["bf16"] = bool(on_gpu and not self.fp16)
         if self.length_normalize is None:
-            self.length_normalize = self.method == "ipo"
-        self._resolve_sync()
+            out["length_normalize"] = self.method == "ipo"
         if getattr(self, CHECKPOINTING) is None and self.gradient_checkpointing is None:
-            setattr(self, CHECKPOINTING, True)
-        name = f"{CHECKPOINTING}_kwargs"
-        if getattr(self, name) is None and self.gradient_checkpointing_kwargs is not None:
-            name = "gradient_checkpointing_kwargs"
-        setattr(self, name, {"use_reentrant": False, **(getattr(self, name) or {})})
-        super().__post_init__()
+            out |= {name: True for name in _CHECKPOINTING}
+        given = next((v for n in _CHECKPOINTING if isinstance(v := getattr(self, f"{n}_kwargs"), dict)), {})
+        out |= {f"{name}_kwargs": {"use_reentrant": False, **given} for name in _CHECKPOINTING}
+        return out | self._unset_sync()
+
+    def _unset_sync(self) -> dict[str, Any]:
+        out: dict[str, Any] = {}
+        sync, alpha, every = self.sync, self.sync_alpha, self.sync_every
+        if sync not in SYNC:
+            rule = preset(sync)
+            sync, every = "hard" if rule.alpha == 1 else "soft", rule.every
+            alpha = rule.alpha if sync == "soft" else None
+            out |= {"sync": sync, "sync_alpha": alpha, "sync_every": every}
+        if sync in ("soft", "adaptive"):
+            if alpha is None:
+                out["sync_alpha"] = 0.6 if sync == "soft" else 1.0
+            if self.sync_space is None:
+                out["sync_space"] = "product"
+        if sync != "frozen" and every is None:
+            out["sync_every"] = 32 if sync == "adaptive" else 512
+        return out
 
     @property
     def torch_dtype(self) -> torch.dtype:
         """What the unquantised weights are loaded in, and 4-bit weights are dequantised to."""
         if self.dtype == "auto":
-            return torch.bfloat16 if self.bf16 else torch.float16 if self.fp16 else torch.float32
+            bf16 = self._unset().get("bf16", self.bf16)
+            return torch.bfloat16 if bf16 else torch.float16 if self.fp16 else torch.float32
         return getattr(torch, self.dtype)
 
     @property
@@ -184,7 +229,7 @@ class TrustRegionConfig(TrainingArguments):
     @property
     def checkpointing(self) -> bool:
         """Whether activations are recomputed in the backward pass."""
-        return bool(getattr(self, "activation_checkpointing", None) or self.gradient_checkpointing)
+        return bool(self._unset().get(CHECKPOINTING, getattr(self, CHECKPOINTING)))
 
     def base(self) -> Base:
         """What to load as the base."""
@@ -222,38 +267,28 @@ class TrustRegionConfig(TrainingArguments):
 
     def update_rule(self) -> UpdateRule:
         """A fresh update rule of the reference, as the fields describe it."""
-        if self.sync == "frozen":
+        c = self.resolved()
+        if c.sync == "frozen":
             return Frozen()
-        assert self.sync_every is not None
-        if self.sync == "hard":
-            return Hard(every=int(self.sync_every))
-        assert self.sync_alpha is not None and self.sync_space is not None
-        alpha, every = float(self.sync_alpha), int(self.sync_every)
-        if self.sync == "adaptive":
-            return Adaptive(self.sync_limit, self.sync_distance, every=every, alpha=alpha, space=self.sync_space)
-        return Soft(alpha=alpha, every=every, space=self.sync_space)
-
-    def _resolve_sync(self) -> None:
-        """A name of known settings becomes those settings; what is unset takes its default."""
-        if self.sync not in SYNC:
-            rule = preset(self.sync)
-            self.sync, self.sync_every = "hard" if rule.alpha == 1 else "soft", rule.every
-            self.sync_alpha = rule.alpha if self.sync == "soft" else None
-        if self.sync in ("soft", "adaptive"):
-            if self.sync_alpha is None:
-                self.sync_alpha = 0.6 if self.sync == "soft" else 1.0
-            self.sync_space = self.sync_space or "product"
-        if self.sync != "frozen" and self.sync_every is None:
-            self.sync_every = 32 if self.sync == "adaptive" else 512
+        assert c.sync_every is not None
+        if c.sync == "hard":
+            return Hard(every=int(c.sync_every))
+        assert c.sync_alpha is not None and c.sync_space is not None
+        alpha, every = float(c.sync_alpha), int(c.sync_every)
+        if c.sync == "adaptive":
+            return Adaptive(c.sync_limit, c.sync_distance, every=every, alpha=alpha, space=c.sync_space)
+        return Soft(alpha=alpha, every=every, space=c.sync_space)
 
     def own_fields(self) -> dict[str, Any]:
-        """lorat's own settings as plain values, in declaration order."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if "group" in f.metadata}
+        """lorat's own settings as plain values, those left unset as they resolve, in declaration order."""
+        c = self.resolved()
+        return {f.name: getattr(c, f.name) for f in fields(c) if "group" in f.metadata}
 
     def identity(self) -> dict[str, Any]:
         """Every setting that decides a run's trajectory: what a resumed run has to have in common with it."""
-        own = {k: v for k, v in self.own_fields().items() if k not in FREE}
-        theirs = {k: getattr(self, k) for k in TRAINER_FIELDS if hasattr(self, k)}
+        c = self.resolved()
+        own = {k: v for k, v in c.own_fields().items() if k not in FREE}
+        theirs = {k: getattr(c, k) for k in TRAINER_FIELDS if hasattr(c, k)}
         words = {k: str(getattr(v, "value", v)) for k, v in theirs.items() if k in ("optim", "lr_scheduler_type")}
         return own | theirs | words
 

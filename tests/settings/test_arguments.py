@@ -470,7 +470,7 @@ def test_translation_errors_say_where(refused):
     ],
 )
 def test_the_command_line_wins_under_either_name(parse, file, argv, expected):
-    config, _ = parse(file + "\n", *argv)
+    config = parse(file + "\n", *argv)[0].resolved()
     assert (config.sync, config.sync_alpha, config.sync_every) == expected
 
 
