@@ -12,7 +12,7 @@ import torch
 from lorat.cli.main import main
 from lorat.errors import LoratError
 from lorat.files import Pieces
-from lorat.measure import evaluation, generation
+from lorat.measure import generation
 from lorat.measure.estimators import estimate
 from lorat.measure.evaluation import (
     AGAINST,
@@ -26,6 +26,7 @@ from lorat.measure.evaluation import (
 )
 from lorat.measure.generation import Completion, Request, Sampling, sample
 from lorat.measure.lineup import load
+from lorat.model.models import Models
 from lorat.runs.folder import find
 from tests.helpers.eval_runs import folders, make_run, outcomes, plain, token_logps
 from tests.helpers.worlds import make_pairs, make_tokenizer, save_neox, trainer_for
@@ -175,7 +176,7 @@ def test_a_killed_evaluation_goes_on_to_the_same_result(run, pairs, tmp_path, mo
         if (tmp_path / "killed.json").exists():
             break
         passes.clear()
-        counted(evaluation, "token_logprobs", 9)
+        counted(Models, "tokens", 9)
         counted(generation, "complete", 9)
         status = main(arguments("killed.json"))
         monkeypatch.undo()
@@ -189,7 +190,7 @@ def test_a_killed_evaluation_goes_on_to_the_same_result(run, pairs, tmp_path, mo
     assert samples[0] == samples[1] and len(samples[0].splitlines()) == 20
     assert not (tmp_path / "killed.json.part").exists()
     passes.clear()
-    counted(evaluation, "token_logprobs", 10**9)
+    counted(Models, "tokens", 10**9)
     counted(generation, "complete", 10**9)
     main([*arguments("killed.json"), "--overwrite"])
     assert tries > 3 and total < len(passes) + 4 * tries  # what was done was not done again

@@ -36,7 +36,9 @@ def assert_same(left, right) -> None:
         for name, p in adapter_parameters(left.model, adapter).items():
             assert torch.equal(p, theirs[name]), (adapter, name)
     assert left.rule.state_dict() == right.rule.state_dict()
-    assert {k: v.tolist() for k, v in left.start.items()} == {k: v.tolist() for k, v in right.start.items()}
+    assert {k: v.tolist() for k, v in left.evaluator.start.items()} == {
+        k: v.tolist() for k, v in right.evaluator.start.items()
+    }
 
 
 def resumed_and_whole(neox, tmp_path, **changes):
