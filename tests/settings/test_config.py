@@ -12,7 +12,8 @@ import torch
 
 from lorat.errors import ConfigError, LoratError
 from lorat.settings.aliases import CHECKPOINTING
-from lorat.settings.config import GROUPS, TrustRegionConfig, field_default
+from lorat.settings.config import TrustRegionConfig, field_default
+from lorat.settings.table import GROUPS
 
 BASE = {"output_dir": "out", "use_cpu": True}
 
