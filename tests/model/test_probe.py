@@ -135,7 +135,7 @@ def test_a_model_that_cannot_trains_on_rows_and_says_so(tmp_path):
 
 
 def test_prefix_sharing_is_the_default_and_can_be_switched_off(neox, tmp_path):
-    assert trainer_for(neox, tmp_path / "a", make_pairs(4)).engine.packer.shared
+    assert trainer_for(neox, tmp_path / "a", make_pairs(4)).scorer.packer.shared
     trainer = trainer_for(neox, tmp_path / "b", make_pairs(4), prefix_sharing=False)
     assert not trainer.scorer.packer.shared and not trainer.separate
 

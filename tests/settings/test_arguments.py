@@ -534,6 +534,10 @@ def test_help(width):
     flat = " ".join(text.split())
     assert "Rank of the adapters (usual: 8 to 64). [integer; 16]" in flat
     assert all(title in flat for title, _ in METHODS.values()) and f"[{', '.join(METHODS)}; dpo]" in flat
+    assert (
+        "Loss: DPO, IPO, KTO, APO-zero, or HyPO (DPO that ignores a pessimistic reference). [dpo, ipo, kto, apo_zero, hypo; dpo]"
+        in flat
+    )
     for name in types():
         if name in ("parallelism_config", "local_rank", "fsdp_config", "liger_kernel_config"):
             continue

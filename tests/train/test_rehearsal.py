@@ -109,7 +109,9 @@ def test_room_for_the_optimiser_is_held(neox, tmp_path, monkeypatch):
 def test_only_a_gpu_is_rehearsed_on(neox, tmp_path, monkeypatch):
     trainer = trainer_for(neox, tmp_path / "run", make_pairs(4))
     monkeypatch.setattr("lorat.train.rehearsal.rehearse", lambda *a: pytest.fail("this is a CPU"))
-    RehearsalCallback(trainer).on_train_begin(trainer.args, trainer.state, trainer.control)
+    RehearsalCallback(trainer.scorer, trainer.train_dataset, 4).on_train_begin(
+        trainer.args, trainer.state, trainer.control
+    )
 
 
 # ---- embeddings in few bits

@@ -268,6 +268,9 @@ def test_a_checkpoint_is_not_lost_between_the_renames_that_replace_it(neox, tmp_
         ck.publish(staged, out / "checkpoint-10")
     monkeypatch.undo()
     assert not (out / "checkpoint-10").exists()
+    assert ck.last_whole(out) == (out / ".old-checkpoint-10", [])  # a question renames nothing
+    assert not (out / "checkpoint-10").exists()
+    ck.repair(out)
     assert ck.last_whole(out) == (out / "checkpoint-10", [])
 
 

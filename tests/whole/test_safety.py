@@ -58,7 +58,7 @@ def test_ktos_baseline_and_the_reference_have_no_dropout(neox, tmp_path):
 def test_suspects_are_those_of_one_step(neox, tmp_path):
     trainer = trainer_for(neox, tmp_path / "run", make_pairs(12))
     trainer.train()
-    assert len(trainer._suspects) == 1
+    assert len(trainer.stepper._suspects) == 1
 
 
 def test_a_second_evaluation_forgets_the_first(neox, tmp_path):
