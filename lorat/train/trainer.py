@@ -96,7 +96,7 @@ class TrustRegionTrainer(Trainer):
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
     ) -> None:
-        args = args if args is not None else TrustRegionConfig()
+        args = (args if args is not None else TrustRegionConfig()).resolved()  # the caller's is never written to
         if isinstance(model, str):
             args.model_name_or_path = model
         if args.eval_strategy != "no" and eval_dataset is None:
