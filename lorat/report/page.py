@@ -6,13 +6,13 @@ run, and the page forbids scripts and the network to itself. The same runs give 
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
+from ..files import put
 from ..runs.log import RunLog, read_runs
 from ..runs.versions import versions
 from . import plots, tables
@@ -26,10 +26,8 @@ def write_report(
     """Write the page about `runs` (folders) to `out`, whole or not at all; returns its path. Raises a `LoratError`."""
     out = Path(out)
     page = render(read_runs(list(runs)), samples, rows, title)
-    aside = out.with_name(f".{out.name}.new")
     try:
-        aside.write_text(page, encoding="utf-8", errors="replace")
-        os.replace(aside, out)
+        put(out, page)
     except OSError as error:
         raise ConfigError(
             f"--out {str(out)!r} cannot be written: {error}. Name a file in a folder that is there."

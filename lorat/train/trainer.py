@@ -26,6 +26,7 @@ from transformers.trainer_utils import rotate_checkpoints
 from ..data.prepare import DataReport, check_budget, extent, pack_sizes, prepare
 from ..data.tokenization import check_tokenizer
 from ..errors import CheckpointError, ConfigError
+from ..files import put_json
 from ..methods import METHODS, Method
 from ..model.adapters import attach, load_adapter_, train_policy_only_
 from ..model.base import Facts, check_fit, load_base, load_tokenizer
@@ -354,7 +355,7 @@ class TrustRegionTrainer(Trainer):
             try:
                 super()._save_checkpoint(model, trial)
                 if owner:
-                    ck.write_json(staged / ck.STATE, state)
+                    put_json(staged / ck.STATE, state)
                     if self.state.best_model_checkpoint:
                         best = Path(self.state.best_model_checkpoint).name
                         self.state.best_model_checkpoint = str(folder.path / best)
