@@ -26,6 +26,7 @@ from ..model.base import check_fit, load_base, load_tokenizer
 from ..model.fused import computing
 from ..model.logprobs import Head, check_head
 from ..model.probe import why_not
+from ..packs.attention import install
 from ..packs.packing import Packer, collate
 from ..reference import POLICY, adapter_parameters, distance, snapshot
 from ..settings.config import TrustRegionConfig
@@ -155,7 +156,7 @@ class TrustRegionTrainer(StepMixin, CheckpointMixin, EvaluationMixin, Trainer):
                 f"prefix_sharing=True cannot work with {name}: {self.separate}. Remove it: each completion then has a "
                 "row of its own, which is exact for every model."
             )
-        return not self.separate
+        return not self.separate and install(self.model.get_base_model())
 
     @staticmethod
     def _fit(args: TrustRegionConfig, model: Any, datasets: list[Dataset]) -> None:
