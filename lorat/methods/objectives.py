@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,9 +16,6 @@ from torch import Tensor
 from ..packs.logprobs import LogProbs
 from ..packs.packing import Group
 from . import losses
-
-if TYPE_CHECKING:
-    from ..settings.config import TrustRegionConfig
 
 Example = dict[str, Any]
 
@@ -35,7 +32,7 @@ class Objective:
     """`group`: an example's completions, in the order `outcome` expects them; `baseline`: whether z0 is needed."""
 
     group: Callable[[Example], Group]
-    outcome: Callable[[Sequence[Example], LogProbs, Tensor, TrustRegionConfig], Outcome]
+    outcome: Callable[[Sequence[Example], LogProbs, Tensor, Any], Outcome]
     baseline: bool = False
 
 
@@ -63,7 +60,7 @@ def movement(logratios: Tensor, lengths: Tensor, bind: Tensor) -> dict[str, tupl
     return {"reference/drift": (drift, tokens), "reference/bind": (bind.detach().abs(), torch.ones_like(bind))}
 
 
-def pair_outcome(examples: Sequence[Example], lp: LogProbs, z0: Tensor, args: TrustRegionConfig) -> Outcome:
+def pair_outcome(examples: Sequence[Example], lp: LogProbs, z0: Tensor, args: Any) -> Outcome:
     """DPO or IPO of n pairs from 2n completions, chosen and rejected alternating."""
     chosen, rejected = lp.logratios[0::2], lp.logratios[1::2]
     lengths = {"chosen_lengths": lp.lengths[0::2], "rejected_lengths": lp.lengths[1::2]}
@@ -95,7 +92,7 @@ def pair_outcome(examples: Sequence[Example], lp: LogProbs, z0: Tensor, args: Tr
     return Outcome(out.losses, metrics)
 
 
-def kto_outcome(examples: Sequence[Example], lp: LogProbs, z0: Tensor, args: TrustRegionConfig) -> Outcome:
+def kto_outcome(examples: Sequence[Example], lp: LogProbs, z0: Tensor, args: Any) -> Outcome:
     """KTO of n completions; chosen and rejected metrics average over their own kind."""
     labels = torch.tensor([bool(e["label"]) for e in examples], device=lp.logps.device)
     out = losses.kto_loss(

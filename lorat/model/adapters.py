@@ -27,25 +27,8 @@ from .base import keep_trainable_on_cpu_
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from ..settings.config import TrustRegionConfig
-
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
-
-
-def lora_config(config: TrustRegionConfig) -> LoraConfig:
-    """The adapter that the `lora_*` fields describe."""
-    targets: list[str] | str = config.lora_target_modules
-    return LoraConfig(
-        r=config.lora_r,
-        lora_alpha=config.lora_alpha,
-        lora_dropout=config.lora_dropout,
-        target_modules="all-linear" if list(targets) == ["all-linear"] else list(targets),
-        use_rslora=config.use_rslora,
-        use_dora=config.use_dora,
-        bias="none",
-        task_type="CAUSAL_LM",
-    )
 
 
 def attach(
@@ -232,19 +215,6 @@ def load_adapter_(model: PeftModel, folder: Path, adapter: str) -> None:
 def adapter_state(model: PeftModel, adapter: str) -> dict[str, torch.Tensor]:
     """An adapter's tensors under the names that PEFT gives them on disk."""
     return get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
-
-
-def record_base_(config: TrustRegionConfig, model: PeftModel) -> None:
-    """Set `config`'s 4-bit fields and dtype to what the base really is; a model handed over may be anything."""
-    base: Any = model.get_base_model()
-    quantised: Any = getattr(base.config, "quantization_config", None)
-    config.load_in_4bit = bool(getattr(base, "is_loaded_in_4bit", False))
-    dtype = base.get_output_embeddings().weight.dtype
-    if config.load_in_4bit:
-        config.bnb_4bit_quant_type = quantised.bnb_4bit_quant_type
-        config.bnb_4bit_use_double_quant = bool(quantised.bnb_4bit_use_double_quant)
-        dtype = quantised.bnb_4bit_compute_dtype
-    config.dtype = str(dtype).removeprefix("torch.")  # type: ignore[assignment]
 
 
 def train_policy_only_(model: PeftModel) -> None:

@@ -22,6 +22,7 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from ..errors import CheckpointError
 from ..model.adapters import load_adapter_, train_policy_only_
+from ..model.base import Facts
 from ..reference import POLICY, REFERENCE, UpdateRule, snapshot
 from ..runs import checkpoint as ck
 from ..runs.card import write_model_card
@@ -50,6 +51,7 @@ class CheckpointMixin(Trainer):
     start: dict[str, Tensor]
     _start_cache: dict[bytes, list[Tensor]]
     identity: dict[str, Any]
+    facts: Facts
     _staging = False
     unsaved = False
 
@@ -67,7 +69,7 @@ class CheckpointMixin(Trainer):
         folder, notes = ck.resolve_resume(resume_from_checkpoint, output_dir)
         for note in notes:
             logger.warning(note)
-        identity = self.identity = run_identity(self.args, self.train_dataset)
+        identity = self.identity = run_identity(self.args.identity() | self.facts.settings(), self.train_dataset)
         if self.args.should_save:
             inputs = (self.args.policy_adapter, self.args.ref_adapter)
             ck.guard_output_dir(output_dir, folder is not None, self.args.overwrite_output_dir, inputs)

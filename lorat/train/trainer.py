@@ -21,8 +21,8 @@ from ..data.prepare import DataReport, check_budget, extent, pack_sizes, prepare
 from ..data.tokenization import check_tokenizer
 from ..errors import ConfigError
 from ..methods.objectives import objective
-from ..model.adapters import attach, lora_config, record_base_, train_policy_only_
-from ..model.base import check_fit, load_base, load_tokenizer
+from ..model.adapters import attach, train_policy_only_
+from ..model.base import Facts, check_fit, load_base, load_tokenizer
 from ..model.fused import computing
 from ..model.logprobs import Head, check_head
 from ..model.probe import why_not
@@ -66,7 +66,7 @@ class TrustRegionTrainer(StepMixin, CheckpointMixin, EvaluationMixin, Trainer):
         if args.eval_strategy != "no" and eval_dataset is None:
             when = getattr(args.eval_strategy, "value", args.eval_strategy)
             raise ConfigError(f"eval_strategy={when} needs data; give eval_dataset, or set it to no.")
-        tokenizer = processing_class if processing_class is not None else load_tokenizer(args)
+        tokenizer = processing_class if processing_class is not None else load_tokenizer(args.base())
         check_tokenizer(tokenizer)
         self.reports: list[DataReport] = []
         train_dataset = self._prepared(train_dataset, tokenizer, args, "train")
@@ -77,11 +77,11 @@ class TrustRegionTrainer(StepMixin, CheckpointMixin, EvaluationMixin, Trainer):
         held_out = eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset}
         if args.gpu_memory:
             self._fit(args, model, [d for d in (train_dataset, *held_out.values()) if d is not None])
-        base = load_base(args) if model is None or isinstance(model, str) else model
+        base = load_base(args.base()) if model is None or isinstance(model, str) else model
         torch.manual_seed(args.seed)  # the adapter's first values do not depend on what was drawn before
         model = attach(
             base,
-            peft_config if peft_config is not None else lora_config(args),
+            peft_config if peft_config is not None else args.adapter(),
             policy_adapter=args.policy_adapter,
             ref_adapter=args.ref_adapter,
             ref_rank=args.ref_rank,
@@ -91,7 +91,7 @@ class TrustRegionTrainer(StepMixin, CheckpointMixin, EvaluationMixin, Trainer):
         data = {name: d for name, d in data.items() if d is not None}
         greatest, longest = extent(list(data.values()))
         check_fit(model.get_base_model(), greatest, longest)
-        record_base_(args, model)
+        self.facts = Facts.of(model.get_base_model())
         if args.checkpointing:
             model.enable_input_require_grads()  # else a frozen embedding leaves lora_B at zero under checkpointing
         if args.ddp_find_unused_parameters is None:

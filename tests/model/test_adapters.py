@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from lorat.errors import ModelError
-from lorat.model.adapters import attach, load_adapter_, lora_config, using_reference
+from lorat.model.adapters import attach, load_adapter_, using_reference
 from lorat.model.base import load_base, load_tokenizer
 from lorat.model.logprobs import Head, check_head
 from lorat.reference import adapter_parameters, distance
@@ -22,7 +22,7 @@ from tests.helpers.worlds import run_config, save_neox
 
 
 def base(folder, tmp_path, **changes):
-    return load_base(run_config(folder, tmp_path / "out", **changes))
+    return load_base(run_config(folder, tmp_path / "out", **changes).base())
 
 
 def saved_adapter(folder: str, out: Path, seed: int = 0, **config) -> str:
@@ -48,11 +48,11 @@ def on_disk(folder):
 def test_a_fresh_policy_and_reference_compute_the_base(request, arch, tmp_path):
     folder = request.getfixturevalue(arch)
     config = run_config(folder, tmp_path)
-    plain = load_base(config)
+    plain = load_base(config.base())
     ids = torch.arange(3, 20)[None]
     with torch.no_grad():
         expected = plain(input_ids=ids).logits
-        model = attach(plain, lora_config(config))
+        model = attach(plain, config.adapter())
         assert torch.equal(model(input_ids=ids).logits, expected)
         with using_reference(model):
             assert model.active_adapter == "ref"
@@ -172,7 +172,7 @@ def test_a_folder_without_weights_or_configuration(neox, tmp_path):
     with pytest.raises(ModelError, match="no readable model configuration"):
         base(str(tmp_path), tmp_path)
     with pytest.raises(ModelError, match="no tokenizer could be loaded.*tokenizer_name_or_path"):
-        load_tokenizer(run_config(str(tmp_path), tmp_path / "out"))
+        load_tokenizer(run_config(str(tmp_path), tmp_path / "out").base())
 
 
 class Bomb:

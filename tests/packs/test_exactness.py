@@ -98,7 +98,7 @@ def test_on_a_base_in_4_bit(name, tmp_path):
     from tests.helpers.worlds import run_config
 
     make(name, SHARED[name]).save_pretrained(tmp_path)
-    model = load_base(run_config(str(tmp_path), tmp_path, load_in_4bit=True))
+    model = load_base(run_config(str(tmp_path), tmp_path, load_in_4bit=True).base())
     assert any(p.dtype == torch.uint8 for p in model.parameters())
     assert model.config._attn_implementation == ("eager" if name == "Gemma2" else "sdpa")  # sdpa leaves a soft cap out
     nats, relative = compare(adapted(model), draw_groups())

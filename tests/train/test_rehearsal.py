@@ -120,7 +120,7 @@ def test_embeddings_in_few_bits(neox, tmp_path, kind, error):
     before = snapshot(trainer.model)
     trainer.train()
     assert any(not torch.equal(before[n], p) for n, p in adapter_parameters(trainer.model, "default").items())
-    model = load_base(trainer.args)
+    model = load_base(trainer.args.base())
     looked_up = model.get_input_embeddings()(rows)
     plain_embeddings_(model)
     assert torch.equal(model.get_input_embeddings()(rows), looked_up)
