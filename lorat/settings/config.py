@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from peft import LoraConfig
 
     from ..model.base import Base
+    from ..plan.workload import Workload
 
 # transformers renamed gradient_checkpointing to activation_checkpointing; older versions lack the new name.
 _NAMES = {f.name for f in fields(TrainingArguments)}
@@ -218,6 +219,27 @@ class TrustRegionConfig(TrainingArguments):
             use_dora=self.use_dora,
             bias="none",
             task_type="CAUSAL_LM",
+        )
+
+    def workload(self) -> Workload:
+        """What a training step takes memory for."""
+        from ..plan.workload import Workload
+
+        return Workload(
+            base=self.base(),
+            adapter=self.adapter(),
+            ref_rank=self.ref_rank,
+            half=torch.bfloat16 if self.bf16 else torch.float16 if self.fp16 else None,
+            checkpointing=self.checkpointing,
+            checkpointing_kwargs=getattr(self, f"{CHECKPOINTING}_kwargs") or {},
+            checkpointing_setting=CHECKPOINTING,
+            optimiser=str(getattr(self.optim, "value", self.optim)),
+            optimiser_args=self.optim_args,
+            unit="single" if self.method == "kto" else "pair",
+            examples=self.per_device_train_batch_size,
+            max_length=self.max_length,
+            prefix_sharing=self.prefix_sharing,
+            product_blends=self.sync in ("soft", "adaptive") and self.sync_space == "product",
         )
 
     def update_rule(self) -> UpdateRule:

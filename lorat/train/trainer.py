@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
@@ -161,14 +162,17 @@ class TrustRegionTrainer(StepMixin, CheckpointMixin, EvaluationMixin, Trainer):
     @staticmethod
     def _fit(args: TrustRegionConfig, model: Any, datasets: list[Dataset]) -> None:
         """Set `max_tokens_per_pack` to what the plan finds for `gpu_memory`; raises `ConfigError` if nothing fits."""
+        from ..plan.advice import fit
         from ..plan.blueprint import read_model_config
-        from ..plan.fitting import bytes_of, fit
+        from ..plan.card import bytes_of
 
         longest = max(
             (int(pack_sizes(d, args.prefix_sharing is not False).max(initial=0)) for d in datasets), default=None
         )
-        config = read_model_config(args) if model is None or isinstance(model, str) else model.config
-        plan = fit(args, config, bytes_of(str(args.gpu_memory)), longest)
+        workload = args.workload()
+        config = read_model_config(workload.base) if model is None or isinstance(model, str) else model.config
+        available = min(gather_object([bytes_of(str(args.gpu_memory))]))  # of all ranks: they plan alike, or stop alike
+        plan = fit(workload, config, available, longest)
         if not plan.fits:
             raise ConfigError(
                 f"gpu_memory={args.gpu_memory}: packs of {plan.tokens} tokens, the least this data needs, take "

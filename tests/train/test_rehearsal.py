@@ -162,14 +162,16 @@ def test_gpu_memory_sets_the_pack_or_says_what_would_help(neox, tmp_path):
     """As the plan finds it for this data; never below the longest example, and refused before a model is loaded."""
     from lorat.data.prepare import pack_sizes
     from lorat.errors import ConfigError
+    from lorat.plan.advice import fit
     from lorat.plan.blueprint import read_model_config
-    from lorat.plan.fitting import bytes_of, fit
+    from lorat.plan.card import bytes_of
 
     trainer = trainer_for(neox, tmp_path / "run", make_pairs(12), gpu_memory="2GiB")
     longest = int(pack_sizes(trainer.train_dataset, True).max())
     row = max(trainer.train_dataset, key=lambda r: len(r["prompt_ids"]) + len(r["chosen_ids"]) + len(r["rejected_ids"]))
     assert longest == len(row["prompt_ids"]) + len(row["chosen_ids"]) + len(row["rejected_ids"])
-    plan = fit(trainer.args, read_model_config(trainer.args), bytes_of("2GiB"), longest)
+    workload = trainer.args.workload()
+    plan = fit(workload, read_model_config(workload.base), bytes_of("2GiB"), longest)
     assert plan.fits and trainer.args.max_tokens_per_pack == plan.tokens >= longest
     assert trainer.engine.packer.budget == plan.tokens
     with pytest.raises(ConfigError, match=r"gpu_memory=501MiB: packs of \d+ tokens, the least this data needs"):
