@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.quantizers import AutoHfQuantizer
 
@@ -203,8 +204,14 @@ def tensors(model: nn.Module) -> Iterator[Tensor]:
         yield from quantisation_state(t)
 
 
+class Params4bit(FakeTensor):
+    """A packed weight without values: PEFT knows those by the name of their class."""
+
+
 def imagine_(model: nn.Module) -> None:
     """Put a fake tensor in the place of each meta tensor; shared ones stay shared."""
+    import bitsandbytes as bnb
+
     made: dict[int, nn.Parameter] = {}
     like: Any = lambda t: None if t is None else empty(*t.shape, dtype=t.dtype)  # noqa: E731
     for module in model.modules():
@@ -213,6 +220,8 @@ def imagine_(model: nn.Module) -> None:
                 continue
             if id(p) not in made:
                 new: Any = nn.Parameter(like(p), requires_grad=p.requires_grad)
+                if isinstance(p, bnb.nn.Params4bit):
+                    new.__class__ = Params4bit
                 state, scales = getattr(p, "quant_state", None), getattr(p, "SCB", None)
                 if state is not None:
                     for part in (state, state.state2):

@@ -16,13 +16,12 @@ file of more than 400 lines: neither the ledger nor the stand-ins mean anything 
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import itertools
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -172,7 +171,10 @@ class DryPass:
             how = workload.checkpointing_kwargs
             self.offload = bool(how.get("offload"))
             every = {"every_n_layers": how["every_n_layers"]} if "every_n_layers" in how else {}
-            model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False}, **every)
+            options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+            if self.autocast:  # modes are off in a backward pass, and with it where layers are recomputed
+                options["context_fn"] = lambda: (nullcontext(), LikeCuda())
+            model.gradient_checkpointing_enable(options, **every)
             model.enable_input_require_grads()
         self.layers, self.times = _shorten_(model, first=not workload.checkpointing)
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -205,15 +207,14 @@ class DryPass:
         hooks.append(backbone(self.model).register_forward_hook(lambda *_: ledger.mark("top")))
         autocast = torch.autocast("cpu", self._half, enabled=self.autocast)
         try:
-            with self.mode, ledger, LikeCuda() if self.autocast else contextlib.nullcontext():
+            with self.mode, ledger, LikeCuda() if self.autocast else nullcontext():
                 ledger.own(tensors(self.model))
                 moved = imagined(pack)
                 with autocast:
-                    loss = policy_and_reference(self.model, head, moved).logratios.sum()
+                    out = policy_and_reference(self.model, head, moved)
                 ledger.mark("forward")
-                # `Tensor.backward` would run without the mode, and with it layers that are recomputed
-                torch.autograd.backward(loss)
-                del loss
+                out.logratios.sum().backward()
+                del out
                 for p in self.model.parameters():
                     p.grad = None
         finally:
@@ -287,7 +288,9 @@ def _kind(layer: nn.Module) -> tuple:
 
 # What CUDA's autocast computes in float32 whatever comes in, by name; the CPU's leaves it in 16 bits (torch 2.13's
 # lists, of which these occur in models). Of the second list the result alone is widened.
-WIDENED = frozenset("layer_norm rms_norm group_norm pow __pow__ __rpow__ rsqrt exp log softplus norm".split())
+WIDENED = frozenset(
+    "layer_norm rms_norm group_norm norm pow __pow__ __rpow__ rsqrt reciprocal exp log softplus logsumexp".split()
+)
 SUMMED = frozenset("softmax log_softmax sum cumsum prod".split())
 
 
