@@ -67,7 +67,17 @@ def test_what_a_room_imports_of_others(path):
     others = imports(path)[1]
     assert not {"trl", "pytest"} & others  # oracles of the tests
     if room(path) == "reference" or path == ROOT / "lorat/methods/losses.py":
-        assert others <= {"torch", "math", "re", "collections", "dataclasses", "typing", "__future__"}
+        assert others <= {
+            "torch",
+            "math",
+            "re",
+            "json",
+            "pathlib",
+            "collections",
+            "dataclasses",
+            "typing",
+            "__future__",
+        }
 
 
 @pytest.mark.parametrize("module", ["lorat.methods.losses", "lorat.losses", "lorat.reference"])

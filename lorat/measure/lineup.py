@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,7 @@ from ..errors import ModelError
 from ..model.adapters import ADAPTER_WEIGHTS, attach, load_adapter_
 from ..model.base import Base, Facts, load_base, load_tokenizer
 from ..model.fused import computing
-from ..model.logprobs import Head, check_head
+from ..model.models import Head, Models, check_head
 from ..reference import POLICY, REFERENCE
 from ..runs.folder import Found
 
@@ -33,13 +33,19 @@ _ADAPTERS = {"policy": POLICY, "reference": REFERENCE, "start": "start"}  # as P
 class Lineup:
     """The loaded models; `using(name)` makes forward passes go through one of them."""
 
-    model: PeftModel
-    head: Head
+    models: Models
     tokenizer: PreTrainedTokenizerBase
     found: Found
     base: Base
     half: torch.dtype | None  # what autocast computes in, if it is on
-    autocast: Callable[[], AbstractContextManager[Any]]
+
+    @property
+    def model(self) -> PeftModel:
+        return self.models.peft
+
+    @property
+    def head(self) -> Head:
+        return self.models.head
 
     @property
     def device(self) -> torch.device:
@@ -55,7 +61,7 @@ class Lineup:
         """Inside, forward passes compute `name`'s, in eval mode, without gradients and in the type of training."""
         name = self.found.which(name)
         self.model.eval()
-        with torch.no_grad(), self.autocast():
+        with torch.no_grad(), self.models.autocast():
             if name not in self.found.folders:  # the base, or a start that is the base
                 with self.model.disable_adapter():
                     yield
@@ -130,18 +136,9 @@ def load(
             raise ModelError(f"{str(start)!r} holds a {settings.peft_type} adapter; a start is a LoRA adapter.")
         model.add_adapter(_ADAPTERS["start"], settings)
         load_adapter_(model, start, _ADAPTERS["start"])
-    head = Head.of(model)
-    check_head(model, head, head.weight.device)
-    return Lineup(
-        model,
-        head,
-        tokenizer,
-        found,
-        base,
-        half,
-        computing(
-            model,
-            half == torch.bfloat16,
-            lambda: torch.autocast("cuda" if on_gpu else "cpu", half or torch.float16, enabled=half is not None),
-        ),
+    under = lambda: torch.autocast(  # noqa: E731
+        "cuda" if on_gpu else "cpu", half or torch.float16, enabled=half is not None
     )
+    models = Models(model, autocast=computing(model, half == torch.bfloat16, under))
+    check_head(models, models.head.weight.device)
+    return Lineup(models, tokenizer, found, base, half)

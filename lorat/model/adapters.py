@@ -8,8 +8,6 @@ verified tensor by tensor, since a silently half-loaded adapter trains a wrong m
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -223,16 +221,3 @@ def train_policy_only_(model: PeftModel) -> None:
     trained = {id(p) for p in adapter_parameters(model, POLICY).values()}
     for p in model.parameters():
         p.requires_grad_(id(p) in trained)
-
-
-@contextmanager
-def using_reference(model: PeftModel) -> Iterator[None]:
-    """Inside, forward passes go through the reference, without dropout; afterwards the policy is as it was."""
-    training = model.training
-    model.set_adapter(REFERENCE, inference_mode=True)
-    model.eval()
-    try:
-        yield
-    finally:
-        model.set_adapter(POLICY)
-        model.train(training)

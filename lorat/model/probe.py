@@ -10,9 +10,7 @@ experts take rows in batches of their own); changing the order of completions, o
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,27 +18,19 @@ from torch import Tensor
 from ..errors import first_line
 from ..packs.attention import attend, hindrance, installed
 from ..packs.packing import Group, pad_rows, share_prompts
-from .logprobs import Head, token_logprobs
-
-if TYPE_CHECKING:
-    from peft import PeftModel
+from .models import Head, Models
 
 LAYERS = {"full_attention", "sliding_attention", "attention"}
 
 
-def why_not(
-    model: PeftModel,
-    head: Head,
-    device: torch.device,
-    longest: int,
-    autocast: Callable[[], AbstractContextManager[Any]],
-) -> str | None:
-    """None if `model` computes packs of rows of up to `longest` tokens exactly; else the reason, in words.
+def why_not(models: Models, device: torch.device, longest: int) -> str | None:
+    """None if the model computes packs of rows of up to `longest` tokens exactly; else the reason, in words.
 
     Log-probs may differ from those of separate rows by rounding: 1e-4 nats, and two units in the last place of the
     computing type relative to them, root mean square. A question: the model is as it was afterwards, and
     `attention.install` is what has it heed layouts.
     """
+    model = models.peft
     base: Any = model.get_base_model()
     if reason := _configuration(base.config.get_text_config(), longest):
         return reason
@@ -49,10 +39,10 @@ def why_not(
     training = model.training
     model.eval()
     try:
-        with installed(base) as told, torch.no_grad(), autocast():
+        with installed(base) as told, torch.no_grad(), models.autocast():
             if not told:
                 return "its attention does not go through transformers' AttentionInterface"
-            return _behaviour(model, head, device, longest)
+            return _behaviour(models, device, longest)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # a model that does not take the layout may fail in any way of its own
@@ -73,9 +63,10 @@ def _configuration(config: Any, longest: int) -> str | None:
     return None
 
 
-def _behaviour(model: PeftModel, head: Head, device: torch.device, longest: int) -> str | None:
-    base: Any = model.get_base_model()
+def _behaviour(models: Models, device: torch.device, longest: int) -> str | None:
+    base: Any = models.peft.get_base_model()
     config = base.config.get_text_config()
+    head = models.head
     vocabulary = head.weight.shape[0]
     draw = torch.Generator().manual_seed(0)
     ids = lambda n: torch.randint(0, vocabulary, (n,), generator=draw).tolist()  # noqa: E731
@@ -90,7 +81,7 @@ def _behaviour(model: PeftModel, head: Head, device: torch.device, longest: int)
 
     def shared(*groups: Group) -> list[Tensor]:
         pack = share_prompts(groups).to(device).through(listening)
-        return list(token_logprobs(model, head, pack).double().split(pack.lengths))
+        return list(models.tokens(pack).double().split(pack.lengths))
 
     a, b, c = shared((prompt, [first, second]), other)
     layers = len({module for module, _ in seen})
@@ -117,7 +108,7 @@ def _behaviour(model: PeftModel, head: Head, device: torch.device, longest: int)
     if not (gap := apart([a, b, c], [swapped[1], swapped[0], swapped[2]])) < bound:
         return f"log-probs depend on the order of completions (by {gap:.2g} nats a token)"
     rows = pad_rows([(prompt, [first, second]), other], pad_id=0).to(device)
-    separate = list(token_logprobs(model, head, rows).double().split(rows.lengths))
+    separate = list(models.tokens(rows).double().split(rows.lengths))
     if not (gap := apart([a, b, c], separate)) < bound:
         return f"log-probs differ from those of separate rows (by {gap:.2g} nats a token)"
     return None

@@ -1,6 +1,6 @@
 """A forward and backward pass of a pack without values, and the memory that it would take on a GPU.
 
-`policy_and_reference` on the model that `blueprint.draw` made, with autograd, activation checkpointing, fused LoRA layers
+`Models` on the model that `blueprint.draw` made, with autograd, activation checkpointing, fused LoRA layers
 and whatever the architecture's code does, under torch's `FakeTensorMode`, in which every operation makes tensors with
 shapes and storages, and no values. A `Ledger` beneath it writes down when each storage comes and goes: what is kept,
 recomputed and let go is read off, not modelled. Storages are rounded up to 512 bytes, as CUDA's caching allocator does.
@@ -37,10 +37,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ..model.fused import fuse_, native
-from ..model.logprobs import Head, backbone, policy_and_reference
+from ..model.models import Models, backbone
 from ..packs import attention
 from ..packs.attention import hindrance, install
-from ..packs.packing import Group, Layout, pad_rows, share_prompts
+from ..packs.packing import Group, Layout, Pack, pad_rows, share_prompts
 from .blueprint import empty, imagine_, imagined, tensors
 from .workload import Workload
 
@@ -199,22 +199,21 @@ class DryPass:
         ids: list[Group] = [([0] * p, [[0] * c for c in cs]) for p, cs in groups]
         ledger = Ledger()
         pack = (share_prompts(ids) if self.shared else pad_rows(ids, 0)).through(_attention(ledger, self.flash))
-        head = DryHead.like(Head.of(self.model), ledger, self.kernel)
+        autocast = functools.partial(torch.autocast, "cpu", self._half, enabled=self.autocast)
+        models = DryModels(self.model, autocast, ledger, self.kernel)
         entered: list[int] = []
         hooks = [
             layer.register_forward_pre_hook(lambda *_: entered.append(len(ledger.events))) for layer in self.layers
         ]
         hooks.append(backbone(self.model).register_forward_hook(lambda *_: ledger.mark("top")))
-        autocast = torch.autocast("cpu", self._half, enabled=self.autocast)
         try:
             with self.mode, ledger, LikeCuda() if self.autocast else nullcontext():
                 ledger.own(tensors(self.model))
                 moved = imagined(pack)
-                with autocast:
-                    out = policy_and_reference(self.model, head, moved)
+                out = models(moved)
                 ledger.mark("forward")
                 out.logratios.sum().backward()
-                del out
+                del out, moved
                 for p in self.model.parameters():
                     p.grad = None
         finally:
@@ -361,21 +360,17 @@ class _Attention(torch.autograd.Function):
         return *found, None, None
 
 
-class DryHead(Head):
-    """`Head` for a model without values."""
+class DryModels(Models):
+    """`Models` whose log-probs come from the kernel's stand-in."""
 
-    ledger: Ledger
-    kernel: KernelPlan | None
+    def __init__(self, model: PeftModel, autocast: Any, ledger: Ledger, kernel: KernelPlan | None) -> None:
+        super().__init__(model, autocast=autocast)
+        self.ledger, self.kernel = ledger, kernel
 
-    @classmethod
-    def like(cls, head: Head, ledger: Ledger, kernel: KernelPlan | None) -> DryHead:
-        made = cls(head.weight, head.bias, head.softcap, head.temperature)
-        vars(made).update(ledger=ledger, kernel=kernel)
-        return made
-
-    def logprobs(self, hidden: Tensor, targets: Tensor) -> Tensor:
+    def tokens(self, pack: Pack) -> Tensor:
+        hidden = self.hidden(pack)
         with self.ledger.naming("logprobs"):
-            return _LogProb.apply(hidden, self.weight, self.kernel, torch.is_grad_enabled(), self.ledger)
+            return _LogProb.apply(hidden, self.head.weight, self.kernel, torch.is_grad_enabled(), self.ledger)
 
 
 class _LogProb(torch.autograd.Function):

@@ -7,6 +7,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from ..methods import METHODS
 from .versions import versions
 
 BODY = """\
@@ -50,7 +51,7 @@ def write_model_card(folder: Path, trainer: Any) -> None:
     if rule.adaptive:
         limits = ", ".join(f"{k} {v:g}" for k in ("sync_limit", "sync_distance") if (v := getattr(args, k)) is not None)
         reference = f"adaptive, alpha {rule.alpha:g}, {limits}, at least {rule.every} steps apart, {moved}"
-    method = {"dpo": "DPO", "ipo": "IPO", "kto": "KTO"}[args.method]
+    method = METHODS[args.method].title
     start = f"adapter `{args.policy_adapter}`" if args.policy_adapter else "the base itself"
     start += f", reference from adapter `{args.ref_adapter}`" if args.ref_adapter else ""
     data = args.dataset_name or "given in Python"

@@ -74,7 +74,9 @@ class TrustRegionConfig(TrainingArguments):
     )
     overlong: Literal["truncate", "drop"] = _f("Data", "truncate", "What to do with a row beyond max_length.")
 
-    method: Literal["dpo", "ipo", "kto"] = _f("Method", "dpo", "Loss: DPO, IPO or KTO.")
+    method: Literal["dpo", "ipo", "kto", "apo_zero", "hypo"] = _f(
+        "Method", "dpo", "Loss: DPO, IPO, KTO, APO-zero, or HyPO (DPO that ignores a pessimistic reference)."
+    )
     beta: float = _f("Method", 0.1, "Strength of the tie to the reference (usual: 0.01 to 0.5; the TR paper: 0.05).")
     label_smoothing: float = _f("Method", 0.0, "DPO: share of labels assumed flipped (0 to 0.5): conservative DPO.")
     robust: bool = _f("Method", False, "DPO: the unbiased form of label smoothing (rDPO).")
@@ -83,6 +85,9 @@ class TrustRegionConfig(TrainingArguments):
     )
     desirable_weight: float = _f("Method", 1.0, "KTO: weight of desirable completions.")
     undesirable_weight: float = _f("Method", 1.0, "KTO: weight of undesirable completions.")
+    sft_weight: float = _f(
+        "Method", 0.0, "Pairs: weight of the chosen completion's mean negative log-likelihood (RPO; usual: 0.1 to 1)."
+    )
 
     sync: str = _f(
         "Reference",

@@ -10,7 +10,7 @@ import torch
 
 from lorat.errors import ConfigError, DataError
 from lorat.model import probe
-from lorat.model.logprobs import Head
+from lorat.model.models import Models
 from lorat.model.probe import why_not
 from lorat.packs import attention
 from lorat.packs.packing import share_prompts
@@ -28,7 +28,7 @@ def attention_of(policy):
 def ask(policy, longest=64, autocast=contextlib.nullcontext):
     """The probe's answer; whatever it is, the model's attention is what it was."""
     before = attention_of(policy)
-    answer = why_not(policy, Head.of(policy), CPU, longest, autocast)
+    answer = why_not(Models(policy, autocast=autocast), CPU, longest)
     assert attention_of(policy) == before and "lorat" not in str(before)
     return answer
 
@@ -51,7 +51,7 @@ def test_others_are_found_and_said_why(name):
 def test_a_model_that_heeds_layouts_already_goes_on_to():
     policy = adapted(make("Llama", SHARED["Llama"]))
     assert attention.install(policy.get_base_model())
-    assert why_not(policy, Head.of(policy), CPU, 64, contextlib.nullcontext) is None
+    assert why_not(Models(policy), CPU, 64) is None
     assert policy.get_base_model().config._attn_implementation == attention.NAMES["sdpa"]
 
 
@@ -142,7 +142,7 @@ def save(name, settings, folder):
 def test_a_model_that_cannot_trains_on_rows_and_says_so(tmp_path):
     folder = save("StableLm", SEPARATE["StableLm"][0], tmp_path / "model")
     trainer = trainer_for(folder, tmp_path / "run", make_pairs(8), max_steps=1)
-    assert not trainer.engine.packer.shared and "lorat_packs" not in attention_of(trainer.model)
+    assert not trainer.scorer.packer.shared and "lorat_packs" not in attention_of(trainer.model)
     assert any("one padded row" in line and "0 of its 2 layers" in line for line in trainer.opening_lines(1))
     trainer.train()
     with pytest.raises(ConfigError, match="prefix_sharing=True cannot work with StableLmForCausalLM: 0 of its 2"):
@@ -150,9 +150,9 @@ def test_a_model_that_cannot_trains_on_rows_and_says_so(tmp_path):
 
 
 def test_prefix_sharing_is_the_default_and_can_be_switched_off(neox, tmp_path):
-    assert trainer_for(neox, tmp_path / "a", make_pairs(4)).engine.packer.shared
+    assert trainer_for(neox, tmp_path / "a", make_pairs(4)).scorer.packer.shared
     trainer = trainer_for(neox, tmp_path / "b", make_pairs(4), prefix_sharing=False)
-    assert not trainer.engine.packer.shared and not trainer.separate
+    assert not trainer.scorer.packer.shared and not trainer.separate
 
 
 @pytest.mark.parametrize("shared", [True, False])

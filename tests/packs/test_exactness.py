@@ -6,7 +6,6 @@ model's own logits in float64.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import random
@@ -19,7 +18,7 @@ from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lorat.errors import ModelError
-from lorat.model.logprobs import Head, token_logprobs
+from lorat.model.models import Head, Models
 from lorat.model.probe import why_not
 from lorat.packs import attention
 from lorat.packs.attention import NAMES, Gather, install, installed, packed_attention
@@ -65,7 +64,7 @@ def compare(policy, groups, backend=attention.attend):
     g_expected = gradients(policy)
     assert install(policy.get_base_model())
     pack = share_prompts(groups).through(backend)
-    ours = per_completion(token_logprobs(policy, Head.of(policy), pack), pack.lengths)
+    ours = per_completion(Models(policy).tokens(pack), pack.lengths)
     weighted(ours).backward()
     g_ours = gradients(policy)
     assert g_expected.norm() > 0
@@ -112,7 +111,7 @@ def test_a_completion_does_not_see_its_sibling_nor_another_pair(name):
     policy = adapted(make(name, SHARED[name]))
     install(policy.get_base_model())
     head, groups = Head.of(policy), draw_groups()
-    tokens = lambda g: token_logprobs(policy, head, share_prompts(g)).detach().split(share_prompts(g).lengths)  # noqa: E731
+    tokens = lambda g: Models(policy, head).tokens(share_prompts(g)).detach().split(share_prompts(g).lengths)  # noqa: E731
     before = tokens(groups)
     prompt, (first, second) = groups[1]
     other = [(t + 7) % 90 + 3 for t in second]
@@ -122,7 +121,7 @@ def test_a_completion_does_not_see_its_sibling_nor_another_pair(name):
     seen = []
     hook = embeddings.register_forward_hook(lambda m, i, o: seen.append(o.requires_grad_()) or o)
     pack = share_prompts(groups)
-    per_completion(token_logprobs(policy, head, pack), pack.lengths)[3].backward(inputs=seen)
+    per_completion(Models(policy, head).tokens(pack), pack.lengths)[3].backward(inputs=seen)
     hook.remove()
     start = sum(len(p) + sum(map(len, cs)) for p, cs in groups[:1])
     mine = [*range(start, start + len(prompt))]
@@ -292,7 +291,7 @@ def test_an_attention_that_takes_no_layout_is_kept_and_refused_in_words(name, mo
         assert name in attention.hindrance(name) and "attn_implementation" in attention.hindrance(name)
         assert model.config._attn_implementation == name
     policy = adapted(model)
-    assert name in why_not(policy, Head.of(policy), torch.device("cpu"), 64, contextlib.nullcontext)
+    assert name in why_not(Models(policy), torch.device("cpu"), 64)
     policy.get_base_model()(input_ids=torch.tensor([[3, 4, 5]]))
     assert calls == [name] * 2 and model.config._attn_implementation == name  # a layer each
 
@@ -323,7 +322,7 @@ def test_a_model_that_was_not_told_of_layouts_is_refused():
     """It would drop the keyword, and every number would be wrong without a sign."""
     policy = adapted(make("Llama", SHARED["Llama"]))
     with pytest.raises(ModelError, match="install"):
-        token_logprobs(policy, Head.of(policy), share_prompts(draw_groups()))
+        Models(policy).tokens(share_prompts(draw_groups()))
 
 
 def test_padded_rows_and_shared_prompts_agree_in_bf16_to_its_rounding():
@@ -333,9 +332,9 @@ def test_padded_rows_and_shared_prompts_agree_in_bf16_to_its_rounding():
     head, groups = Head.of(policy), draw_groups()
     packs = share_prompts(groups), pad_rows(groups, 0)
     with torch.no_grad():
-        truth = token_logprobs(policy, head, packs[0])
+        truth = Models(policy, head).tokens(packs[0])
         with torch.autocast("cpu", torch.bfloat16):
-            errors = [(token_logprobs(policy, head, p) - truth).square().mean().sqrt().item() for p in packs]
+            errors = [(Models(policy, head).tokens(p) - truth).square().mean().sqrt().item() for p in packs]
     assert 0 < errors[0] < 2 * errors[1]
 
 

@@ -17,7 +17,7 @@ from lorat.errors import ConfigError, ModelError
 from lorat.model.adapters import attach
 from lorat.model.base import load_base
 from lorat.model.fused import fuse_, native
-from lorat.model.logprobs import Head, policy_and_reference
+from lorat.model.models import Head, Models
 from lorat.packs import attention
 from lorat.packs.packing import share_prompts
 from lorat.plan import dry_pass
@@ -179,7 +179,7 @@ def real_step(config, folder, groups):
     with ledger:
         ledger.own([*model.parameters(), *model.buffers(), pack.input_ids])
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-            out = policy_and_reference(model, head, pack)
+            out = Models(model, head)(pack)
         kept = sum(size for ref, size in waiting.values() if ref() is not None)
         out.logratios.sum().backward()
         del out

@@ -16,13 +16,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from lorat.errors import CheckpointError, ConfigError, ModelError, NonFiniteError
-from lorat.model.adapters import attach, using_reference
+from lorat.model.adapters import attach
 from lorat.model.base import load_base, load_tokenizer
-from lorat.model.logprobs import token_logprobs
+from lorat.model.models import Models
 from lorat.packs.packing import collate, pad_rows
 from lorat.reference import Frozen, Hard, Soft, adapter_parameters, copy_, snapshot
+from lorat.reference.moving import opening_lines
 from lorat.runs import checkpoint as ck
-from lorat.train.movement import opening_lines
 from lorat.train.trainer import TrustRegionTrainer
 from tests.helpers import driver
 from tests.helpers.worlds import make_pairs, nudge, run_config, trainer_for
@@ -46,19 +46,19 @@ def test_ktos_baseline_and_the_reference_have_no_dropout(neox, tmp_path):
     nudge(trainer, scale=-0.05)
     trainer.model.train()
     batch = collate(list(trainer.train_dataset)[:8])["batch"]
-    first, second = (trainer.engine.baseline([batch]).z0 for _ in range(2))
+    first, second = (trainer.scorer.baseline([trainer.scorer.plan(batch)]).value for _ in range(2))
     assert first > 0 and torch.equal(first, second) and trainer.model.training
     copy_(trainer.model)  # a reference whose B is not zero, so that dropout would show
     row = trainer.train_dataset[0]
     pack = pad_rows([(row["prompt_ids"], [row["completion_ids"]])], 0)
-    with torch.no_grad(), using_reference(trainer.model):
-        assert torch.equal(*(token_logprobs(trainer.model, trainer.engine.head, pack) for _ in range(2)))
+    with torch.no_grad(), trainer.models.reference():
+        assert torch.equal(*(trainer.models.tokens(pack) for _ in range(2)))
 
 
 def test_suspects_are_those_of_one_step(neox, tmp_path):
     trainer = trainer_for(neox, tmp_path / "run", make_pairs(12))
     trainer.train()
-    assert len(trainer._suspects) == 1
+    assert len(trainer.stepper._suspects) == 1
 
 
 def test_a_second_evaluation_forgets_the_first(neox, tmp_path):
@@ -206,13 +206,11 @@ def test_a_reference_adapter_for_another_base_is_refused(neox, tmp_path):
 
 
 def test_the_reference_keeps_no_graph_and_the_policy_does(neox, tmp_path, monkeypatch):
-    from lorat.model import logprobs
-
-    seen, compute = [], logprobs.token_logprobs
+    seen, compute = [], Models.tokens
     monkeypatch.setattr(
-        logprobs,
-        "token_logprobs",
-        lambda model, *rest: seen.append((model.active_adapter, torch.is_grad_enabled())) or compute(model, *rest),
+        Models,
+        "tokens",
+        lambda self, pack: seen.append((self.peft.active_adapter, torch.is_grad_enabled())) or compute(self, pack),
     )
     trainer = trainer_for(neox, tmp_path / "run", make_pairs(4), max_steps=1)
     seen.clear()
@@ -246,12 +244,12 @@ def test_a_finished_run_takes_no_further_step(neox, tmp_path):
 def test_the_start_is_resumed_and_not_made_again(neox, tmp_path):
     whole = driver.make(neox, str(tmp_path / "run"), max_steps=4)
     nudge(whole)
-    whole.start = snapshot(whole.model)
+    whole.evaluator.start_from(snapshot(whole.model))
     whole.train()
     shutil.rmtree(tmp_path / "run" / "checkpoint-4")
     again = driver.make(neox, str(tmp_path / "run"), max_steps=4)
     again.train(resume_from_checkpoint=True)
-    assert all(torch.equal(again.start[n], whole.start[n]) for n in whole.start)
+    assert all(torch.equal(again.evaluator.start[n], whole.evaluator.start[n]) for n in whole.evaluator.start)
 
 
 def test_the_best_model_need_not_be_the_last(neox, tmp_path, monkeypatch):
