@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import weakref
@@ -10,6 +11,7 @@ from collections import Counter
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.step.models import SHAPES, configuration
 from lorat.cli.main import main
@@ -24,7 +26,7 @@ from lorat.plan import dry_pass
 from lorat.plan.advice import fit
 from lorat.plan.blueprint import draw
 from lorat.plan.card import bytes_of
-from lorat.plan.dry_pass import DryPass, Ledger
+from lorat.plan.dry_pass import DryPass, Ledger, LikeCuda
 from lorat.plan.memory import CONTEXT, STEP, Planner
 from lorat.plan.optimiser import optimiser_memory
 from lorat.settings.config import CHECKPOINTING
@@ -218,6 +220,82 @@ def test_with_checkpointing_a_layer_keeps_its_input(tmp_path):
     inputs = 512 * 64 * 2  # tokens x hidden size, in bf16
     assert on.by_layer[0] == inputs
     assert 7 * inputs <= on.forward < 12 * inputs and off.forward > 40 * inputs
+
+
+UNDER_AUTOCAST = {  # beside the bytes of a number of a layer's input, for a LayerNorm model and for an RMSNorm one
+    "fp16": (dict(fp16=True), 2, 2),
+    "a float32 base": (dict(dtype="float32"), 4, 4),
+    "dropout": (dict(lora_dropout=0.1), 4, 2),  # PEFT's layers answer in what they were given: a LayerNorm's float32
+    "DoRA": (dict(use_dora=True), 4, 2),
+}
+
+
+@pytest.mark.parametrize("case", UNDER_AUTOCAST)
+@pytest.mark.parametrize("name", ["GPTNeoX", "GPT2", "Llama"])
+def test_models_of_either_norm_are_planned_under_autocast(name, case, tmp_path):
+    """Layers are recomputed with the types of the forward; a model without autocast has less to keep."""
+    settings, *sizes = UNDER_AUTOCAST[case]
+    fp16, settings = "fp16" in settings, {k: v for k, v in settings.items() if k != "fp16"}
+    config = run_config(None, tmp_path, activation_checkpointing=True, **settings)
+    config.fp16, config.bf16 = fp16, not fp16
+    planner = Planner(config.workload(), make(name, SHARED[name], num_hidden_layers=3).config)
+    moment = planner.moment([(100, [200, 212])])
+    assert planner.dry.autocast
+    assert moment.by_layer[0] == 512 * 64 * sizes[name == "Llama"]  # tokens x hidden size
+    assert planner.at(512, [(100, [200, 212])]).notes == [
+        "this model computes under autocast, whose float32 copies are predicted less exactly"
+    ]
+
+
+def test_what_is_widened_is_what_cudas_autocast_widens():
+    """Its answers without a GPU: types of tensors without values that are said to lie on one."""
+    f = nn.functional
+
+    def types(device, mode):
+        x, w = (torch.empty(*shape, device=device, dtype=torch.float16) for shape in ((2, 4), (4,)))
+        results = {
+            "layer_norm": lambda: f.layer_norm(x, (4,), w, w),
+            "rms_norm": lambda: f.rms_norm(x, (4,), w),
+            "group_norm": lambda: f.group_norm(x, 2),
+            "**": lambda: x**3,
+            "2**": lambda: 2**x,
+            "pow": lambda: x.pow(2),
+            "torch.pow": lambda: torch.pow(x, 3.0),
+            "rsqrt": lambda: torch.rsqrt(x),
+            "reciprocal": x.reciprocal,
+            "exp": x.exp,
+            "log": x.log,
+            "norm": x.norm,
+            "softplus": lambda: f.softplus(x),
+            "softmax": lambda: f.softmax(x, dim=-1),
+            "its own type": lambda: f.softmax(x, dim=-1, dtype=torch.float16),
+            "log_softmax": lambda: x.log_softmax(-1),
+            "logsumexp": lambda: x.logsumexp(-1),
+            "sum": x.sum,
+            "cumsum": lambda: x.cumsum(-1),
+            "prod": lambda: torch.prod(x),
+            "of whole numbers": lambda: x.bool().sum(),
+            "mean": x.mean,
+            "gelu": lambda: f.gelu(x),
+            "silu": lambda: f.silu(x),
+            "sigmoid": x.sigmoid,
+            "tanh": x.tanh,
+            "relu": lambda: f.relu(x),
+            "add": lambda: x + x,
+            "mul": lambda: x * w,
+            "matmul": lambda: x.float() @ x.T.float(),
+            "linear": lambda: f.linear(x.float(), x.float()),
+        }
+        torch.set_autocast_enabled(device, True)
+        torch.set_autocast_dtype(device, torch.float16)
+        try:
+            with mode:
+                return {name: function().dtype for name, function in results.items()}
+        finally:
+            torch.set_autocast_enabled(device, False)
+
+    with FakeTensorMode():
+        assert types("cpu", LikeCuda()) == types("cuda", contextlib.nullcontext())
 
 
 def test_offloaded_inputs_and_layers_without_checkpointing_are_counted(tmp_path):

@@ -189,3 +189,25 @@ def test_gpu_memory_sets_the_pack_or_says_what_would_help(neox, tmp_path):
     assert trainer.scorer.packer.budget == plan.tokens
     with pytest.raises(ConfigError, match=r"gpu_memory=501MiB: packs of \d+ tokens, the least this data needs"):
         trainer_for(neox, tmp_path / "small", make_pairs(12), gpu_memory="501MiB")
+
+
+def test_ranks_plan_for_the_least_memory_among_them(neox, tmp_path, monkeypatch):
+    """Each asks its own card: all get the same packs, and where one has too little, all say so."""
+    from lorat.errors import ConfigError
+    from lorat.plan.blueprint import read_model_config
+    from lorat.plan.card import bytes_of
+    from lorat.plan.memory import Planner
+    from lorat.train import trainer as module
+    from tests.helpers.worlds import run_config
+
+    workload = run_config(neox, tmp_path).workload()
+    planner = Planner(workload, read_model_config(workload.base))
+    middle = f"{(planner.at(64).total + planner.at(100).total) / 2**21:.3f}MiB"
+
+    def packs(own, other):
+        monkeypatch.setattr(module, "gather_object", lambda values: [*values, bytes_of(other)])
+        return trainer_for(neox, tmp_path / "run", make_pairs(12), gpu_memory=own).args.max_tokens_per_pack
+
+    assert packs("2GiB", middle) == packs(middle, "2GiB") < packs("2GiB", "2GiB")
+    with pytest.raises(ConfigError, match="the least this data needs"):
+        packs("2GiB", "500MiB")
