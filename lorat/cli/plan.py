@@ -37,24 +37,25 @@ def plan(argv: list[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON document and nothing else")
     options, rest = parser.parse_known_args(argv)
     config, fixed = _config(rest)
+    from ..plan.advice import advised
     from ..plan.blueprint import read_model_config
-    from ..plan.fitting import advised, bytes_of, largest
+    from ..plan.card import bytes_of
     from ..plan.memory import Planner
 
     gpu_memory = options.gpu_memory or getattr(config, "gpu_memory", None)
     available = bytes_of(gpu_memory) if gpu_memory else None
     if available is None and torch.cuda.is_available():
         available = torch.cuda.get_device_properties(0).total_memory
-    model_config = read_model_config(config)
-    planner = Planner(config, model_config, context=bytes_of(options.cuda_context))
+    workload = config.workload()
+    planner = Planner(workload, read_model_config(workload.base), context=bytes_of(options.cuda_context))
     others: list[Plan] = []
     if available is None or fixed:
         out = planner.at(config.max_tokens_per_pack, available=available)
         others = [planner.at(n) for n in PACKS] if available is None else []
     else:
-        out = largest(planner, available, options.longest_example)
+        out = planner.largest(available, options.longest_example)
     if not out.fits:
-        out = advised(config, model_config, out, options.longest_example)
+        out = advised(planner, out, options.longest_example)
     if options.json:
         print(json.dumps({"model": config.model_name_or_path, **out.as_dict()}))
     else:
