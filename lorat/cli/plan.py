@@ -65,10 +65,10 @@ def plan(argv: list[str]) -> int:
 
 def _config(argv: list[str]) -> tuple[TrustRegionConfig, bool]:
     """The run's settings; those that a plan does not need may be missing. Also: whether packs of a size were asked for."""
-    from ..settings.arguments import REQUIRED, parse_config, types
+    from ..settings.arguments import REQUIRED, flags, parse_config
     from ..settings.sources import read_argv, read_yaml
 
-    path, line, _ = read_argv(argv, {key for key, hint in types().items() if hint in (bool, bool | None)})
+    path, line, _ = read_argv(argv, flags())
     given = (read_yaml(path) if path is not None else {}) | line
     for key in REQUIRED:
         if key != "model_name_or_path" and key not in given:
