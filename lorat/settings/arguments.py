@@ -15,9 +15,8 @@ from typing import TYPE_CHECKING, Any, Literal, get_type_hints
 
 from ..errors import ConfigError
 from .aliases import ADVICE, ALIASES, TRL_TYPES, setting_of, translate
-from .coercion import FALSE, TRUE, choices, coerce, describe, nearest, shown
 from .inherited import installed, simple_type
-from .sources import Given, read_argv, read_yaml
+from .sources import FALSE, TRUE, Given, choices, coerce, describe, nearest, read_argv, read_yaml, shown
 from .table import DEFAULTS, NAMED_SYNC, NOT_SETTABLE, OWN, SYNC, TRAINER, Setting
 
 if TYPE_CHECKING:
