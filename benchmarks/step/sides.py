@@ -120,9 +120,10 @@ def peak(device: torch.device, before: float) -> dict[str, float | None]:
     return {"base": before, "peak": most, "above": most - before, "reserved": reserved}
 
 
-def tokenizer() -> PreTrainedTokenizerFast:
-    """Never used to tokenise: it tells both sides that 0 pads and 1 ends."""
-    inner = Tokenizer(WordLevel({"<pad>": 0, "<end>": 1}, unk_token="<pad>"))
+def tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
+    """Never used to tokenise: it tells both sides that 0 pads, 1 ends, and how many tokens there are."""
+    words = {"<pad>": 0, "<end>": 1} | {f"<{i}>": i for i in range(2, vocabulary)}
+    inner = Tokenizer(WordLevel(words, unk_token="<pad>"))
     return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="<end>")
 
 
@@ -175,7 +176,7 @@ def lorat_trainer(case: Case, model: Any, folder: str, meter: Meter) -> Any:
         settings["max_tokens_per_pack"] = case["max_tokens_per_pack"]
     side = type("LoratSide", (Recorded, TrustRegionTrainer), {})
     data = Dataset.from_list(case["examples"])
-    return side(model, TrustRegionConfig(**settings), data, processing_class=tokenizer(), callbacks=[meter])
+    return side(model, TrustRegionConfig(**settings), data, processing_class=tokenizer(model.config.vocab_size), callbacks=[meter])
 
 
 def trl_trainer(case: Case, model: Any, folder: str, meter: Meter) -> Any:
@@ -209,7 +210,7 @@ def trl_trainer(case: Case, model: Any, folder: str, meter: Meter) -> Any:
         get_peft_model(model, lora) if wrap else model,
         args=config,
         train_dataset=Dataset.from_list(examples),
-        processing_class=tokenizer(),
+        processing_class=tokenizer(model.config.vocab_size),
         callbacks=[meter],
         peft_config=None if wrap else lora,
     )
