@@ -23,6 +23,7 @@ from lorat_kernels import launch, linear_logprob
 from torch import Tensor
 
 from benchmarks import record as report
+from lorat.packs.logprobs import logprobs_of
 
 FULL = [(n, d, v) for d, v in [(4096, 50432), (4096, 151936), (3584, 256000)] for n in (256, 1024, 2048, 8192)]
 TOY = [(n, 32, v) for v in (101, 512) for n in (5, 16)]
@@ -32,7 +33,7 @@ Function = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def naive(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    return (hidden @ weight.T).float().log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    return logprobs_of((hidden @ weight.T).float(), targets)
 
 
 def peers() -> dict[str, Function | str]:

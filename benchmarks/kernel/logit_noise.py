@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks import record as report
+from lorat.packs.logprobs import logprobs_of
 
 
 def model_with_adapters(vocab: int, dim: int, layers: int, apart: float):
@@ -48,10 +49,10 @@ def model_with_adapters(vocab: int, dim: int, layers: int, apart: float):
 def logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, way: str) -> Tensor:
     if way == "rounded":  # bf16 logits, softmax in float32
         logits = (hidden.float() @ weight.float().T).bfloat16().float()
-        return logits.log_softmax(-1).gather(1, targets[:, None])[:, 0].double()
+        return logprobs_of(logits, targets).double()
     if way == "exact":
         logits = hidden.double() @ weight.double().T
-        return logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
+        return logprobs_of(logits, targets)
     return linear_logprob(hidden, weight, targets).double()
 
 
