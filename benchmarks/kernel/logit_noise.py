@@ -47,6 +47,7 @@ def model_with_adapters(vocab: int, dim: int, layers: int, apart: float):
 
 
 def logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, way: str) -> Tensor:
+    """`(N, D)`, `(V, D)`, `(N,)` -> `(N,)` float64 nats; `way`: rounded (bf16 logits), exact (float64), else ours."""
     if way == "rounded":  # bf16 logits, softmax in float32
         logits = (hidden.float() @ weight.float().T).bfloat16().float()
         return logprobs_of(logits, targets).double()
@@ -96,6 +97,7 @@ def measure(sequences: int, length: int, vocab: int, dim: int, layers: int, apar
             error[name].append(policy - reference - truths[truth])
 
     def rms(x: Tensor) -> float:
+        """Root mean square of a tensor of any shape."""
         return x.square().mean().sqrt().item()
 
     found = {name: torch.cat(e) for name, e in error.items()}

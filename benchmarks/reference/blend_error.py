@@ -40,7 +40,7 @@ WAYS = [f"{way}_{dtype}" for way in ("product_r", "product_2r", "factors") for d
 
 
 def changes(model: Any, adapter: str) -> dict[str, Tensor]:
-    """`scale * B @ A` of every adapted layer in float64, by the layer's name in the base model."""
+    """`scale * B @ A`, (out, in) float64, of every adapted layer, by the layer's name in the base model."""
     found = {}
     for name, layer in model.get_base_model().named_modules():
         if hasattr(layer, "lora_A"):
@@ -50,6 +50,7 @@ def changes(model: Any, adapter: str) -> dict[str, Tensor]:
 
 
 def norm(parts: dict[str, Tensor]) -> float:
+    """Frobenius norm over all layers' matrices (out, in)."""
     return math.sqrt(sum(t.square().sum().item() for t in parts.values()))
 
 

@@ -47,9 +47,9 @@ class Scope:
 
 
 def evaluate(lineup: Lineup, rows: Sequence[dict[str, Any]], scope: Scope, pieces: Pieces, progress: Progress) -> dict:
-    """Measures of tokenised pairs (`prompt_ids`, `chosen_ids`, `rejected_ids`) and of samples of their prompts, as JSON.
+    """Measures of tokenised pairs (`prompt_ids`, `chosen_ids`, `rejected_ids`) and of samples of their prompts.
 
-    What is finished lies in `pieces` until the caller has written the result, so that a killed evaluation goes on.
+    Plain JSON. What is finished lies in `pieces` until the caller has written the result, so that a killed evaluation goes on.
     """
     groups: list[Group] = [(r["prompt_ids"], [r["chosen_ids"], r["rejected_ids"]]) for r in rows]
     longest = max(len(p) + max(map(len, cs)) for p, cs in groups)
@@ -141,9 +141,10 @@ def packer(lineup: Lineup, budget: int, pad_id: int, longest: int) -> Packer:
 def token_passes(
     lineup: Lineup, groups: Sequence[Group], packs: Packer, pieces: Pieces, done: Callable[[int], None]
 ) -> dict[str, list[Tensor]]:
-    """`{model: log-probs of each completion's tokens}`, every model in one pass over `groups`, in float32 nats.
+    """`{model: log-probs of each completion's tokens}`: a list of `(tokens,)` float32 nats, in the completions' order.
 
-    A pack that `pieces` holds is not computed again. `done` is called with the groups of each pack.
+    Every model in one pass over `groups`. A pack that `pieces` holds is not computed again. `done` is called with the
+    groups of each pack.
     """
     out: dict[str, list[Tensor]] = {}
     for name in lineup.names:
@@ -171,7 +172,7 @@ class Ratios:
 
     @classmethod
     def of(cls, a: Sequence[Tensor], b: Sequence[Tensor]) -> Ratios:
-        """From per-token log-probs of 2n completions, chosen and rejected alternating."""
+        """From per-token log-probs of 2n completions, `(tokens,)` nats each, chosen and rejected alternating."""
         lengths = [len(t) for t in a]
         sums = per_completion(torch.cat(list(a)).double() - torch.cat(list(b)).double(), lengths)
         return cls(sums[0::2], sums[1::2], torch.tensor(lengths).view(-1, 2))
@@ -209,7 +210,10 @@ def preference_measures(
 
 
 def model_measures(tokens: Sequence[Tensor], prompts: Sequence[Hashable]) -> dict[str, Any]:
-    """Of one model: log-probs of chosen and rejected, a completion and a token, and how often chosen is likelier."""
+    """Of one model: log-probs of chosen and rejected, a completion and a token, and how often chosen is likelier.
+
+    `tokens`: 2n completions' log-probs, `(tokens,)` nats each, chosen and rejected alternating; `prompts`: n.
+    """
     lengths = [len(t) for t in tokens]
     sums = per_completion(torch.cat(list(tokens)), lengths).double()
     chosen, rejected, n = sums[0::2], sums[1::2], torch.tensor(lengths).view(-1, 2)
@@ -251,6 +255,7 @@ def kl_passes(
 
 
 def _hidden(lineup: Lineup, name: str, pack: Any) -> Tensor:
+    """Hidden states `(K, D)` of `name` that predict the pack's K completion tokens."""
     with lineup.using(name):
         return lineup.models.hidden(pack)
 

@@ -69,7 +69,7 @@ class Completion(NamedTuple):
 
 
 def uniforms(seed: int, prompt: int, sample: int, n: int) -> Tensor:
-    """`n` float64 uniform numbers in [0, 1) that belong to one completion, on the host; the same on any device."""
+    """`(n,)` float64 uniform numbers in [0, 1) that belong to one completion, on the host; the same on any device."""
     key = hashlib.blake2b(f"{seed}/{prompt}/{sample}".encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(key, "little") >> 1)
     return torch.rand(n, generator=generator, dtype=torch.float64)

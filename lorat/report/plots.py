@@ -194,7 +194,7 @@ def draw(panel: Panel, runs: Sequence[RunLog]) -> str | None:
 
 
 def thinned(steps: Sequence[int], values: Sequence[float], most: int = POINTS) -> tuple[np.ndarray, np.ndarray]:
-    """At most `most` points: means over equal spans of steps where there are more."""
+    """Steps and values `(n,)` -> `(m,)` each, m ≤ `most`: means over equal spans of steps where there are more."""
     x, y = np.asarray(steps, float), np.asarray(values, float)
     if len(x) <= most:
         return x, y

@@ -116,6 +116,7 @@ def _find_equals(out: Found) -> None:
 
 
 def _weights(folder: Path) -> dict[str, Tensor]:
+    """An adapter's tensors by name, as they lie on disk; raises `ModelError` for a file that cannot be read."""
     try:
         return load_file(folder / ADAPTER_WEIGHTS)
     except (SafetensorError, OSError) as error:

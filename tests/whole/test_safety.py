@@ -175,7 +175,7 @@ def test_a_damaged_or_foreign_adapter(neox, tmp_path):
 
 
 def test_an_adapter_whose_values_did_not_arrive_is_found(neox, tmp_path, monkeypatch):
-    """Some versions of transformers and PEFT left a resumed policy at its first values, without a word."""
+    """Some versions of transformers and PEFT left a resumed policy silently at its first values."""
     from lorat.model import adapters
 
     trainer = trainer_for(neox, tmp_path / "run", make_pairs(8), save_strategy="steps", save_steps=1)
