@@ -47,6 +47,7 @@ def run(options: argparse.Namespace) -> int:
                 args.eval_dataset_split or "train",
                 None if args.eval_dataset_name else args.dataset_config_name,
             )
+    trainer: TrustRegionTrainer | None = None
     try:
         with Console(stderr=True, quiet=not first).status(
             f"Tokenising {len(data):,} rows and loading {args.model_name_or_path} …"
@@ -56,8 +57,9 @@ def run(options: argparse.Namespace) -> int:
             say(report.render())
         trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     except torch.cuda.OutOfMemoryError as error:
+        tokens = (args if trainer is None else trainer.args).max_tokens_per_pack
         say_error(
-            f"{out_of_memory(error)} at max_tokens_per_pack={args.max_tokens_per_pack}. Set max_tokens_per_pack to half "
+            f"{out_of_memory(error)} at max_tokens_per_pack={tokens}. Set max_tokens_per_pack to half "
             "of it (the mathematics stays the same), or shorten max_length."
         )
         return 1

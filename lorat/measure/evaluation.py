@@ -21,6 +21,7 @@ from ..files import Pieces, pack_floats, unpack_floats
 from ..model.base import check_fit
 from ..model.models import Head
 from ..model.probe import why_not
+from ..packs.attention import install
 from ..packs.logprobs import logprobs_of, per_completion
 from ..packs.packing import Group, Packer
 from .estimators import calibration, distinct, estimate, has_sacrebleu, self_bleu, token_kl
@@ -133,8 +134,9 @@ def against(lineup: Lineup) -> list[tuple[str, str]]:
 
 def packer(lineup: Lineup, budget: int, pad_id: int, longest: int) -> Packer:
     """Packs of `budget` tokens that share prompts where the model computes them exactly, else a row a completion."""
+    base: Any = lineup.model.get_base_model()
     with lineup.using("policy"):
-        shared = why_not(lineup.models, lineup.device, longest) is None
+        shared = why_not(lineup.models, lineup.device, longest) is None and install(base)
     return Packer(shared, budget, pad_id)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
-from ..files import write_whole
+from ..files import put
 from ..runs.log import RunLog, read_runs
 from ..runs.versions import versions
 from . import plots, tables
@@ -25,10 +25,13 @@ def write_report(
 ) -> Path:
     """Write the page about `runs` (folders) to `out`, atomically; returns its path. Raises a `LoratError`."""
     out = Path(out)
-    if not out.parent.is_dir():
-        raise ConfigError(f"--out {str(out)!r}: there is no folder {str(out.parent)!r}; make it, or name another.")
     page = render(read_runs(list(runs)), samples, rows, title)
-    write_whole(out, page.encode("utf-8", "replace").decode())
+    try:
+        put(out, page)
+    except OSError as error:
+        raise ConfigError(
+            f"--out {str(out)!r} cannot be written: {error}. Name a file in a folder that is there."
+        ) from error
     return out
 
 
