@@ -13,7 +13,7 @@ from rich.table import Table
 
 from ..errors import ConfigError
 from ..runs.versions import versions
-from .options import add_run, lineup_of, result_path
+from .options import add_row_options, add_run, lineup_of, result_path, row_settings
 from .terminal import going_on, progress_bars, terminal
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--split", default="train", help="split of them; slices such as test[:500] work (default: train)"
     )
     parser.add_argument("--subset", help="configuration of a hub dataset")
+    add_row_options(parser)
     parser.add_argument(
         "--samples", type=int, default=256, help="completions to sample of each model; 0: none (default: 256)"
     )
@@ -83,6 +84,7 @@ def run(o: argparse.Namespace) -> int:
         max_prompt_length=settings.get("max_prompt_length"),
         overlong=settings.get("overlong", "truncate"),
         name="eval",
+        rows=row_settings(o, settings),
     )
     console.print(report.render(), soft_wrap=True, markup=False)
     scope = Scope(

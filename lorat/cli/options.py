@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
+    from ..data.columns import RowSettings
     from ..measure.lineup import Lineup
     from ..runs.folder import Found
 
@@ -33,6 +35,31 @@ def add_run(parser: argparse.ArgumentParser) -> None:
     add("--no-4bit", action="store_true", help="load the base without quantising it")
     add("--cpu", action="store_true", help="use no GPU")
     add("--trust-remote-code", action="store_true", help="run Python code that comes with the base")
+
+
+def add_row_options(parser: argparse.ArgumentParser) -> None:
+    """The options about how rows are read, where they are not read as in training."""
+    help = "which column is which, if not as in training: prompt=question,chosen=good …"
+    parser.add_argument("--columns", type=_mapping, metavar="PART=COLUMN,…", help=help)
+    help = "texts as messages (chat), or messages as Human:/Assistant: text (text), if not as in training"
+    parser.add_argument("--dialogues", choices=("chat", "text"), help=help)
+
+
+def _mapping(text: str) -> dict[str, str | None]:
+    from ..settings.sources import mapping
+
+    try:
+        return mapping(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is {error}") from error
+
+
+def row_settings(o: argparse.Namespace, settings: Mapping[str, Any]) -> RowSettings:
+    """How rows are read: as the options say, else as in training."""
+    from ..data.columns import RowSettings
+
+    given = {key: value for key, value in (("columns", o.columns), ("dialogues", o.dialogues)) if value is not None}
+    return RowSettings.of({**settings, **given})
 
 
 def result_path(given: str | None, default: Path | None, overwrite: bool) -> Path:

@@ -69,6 +69,11 @@ class TrustRegionConfig(TrainingArguments):
     max_length: int | None = _own("max_length")
     max_prompt_length: int | None = _own("max_prompt_length")
     overlong: str = _own("overlong")
+    columns: dict[str, str | None] | None = _own("columns")  # noqa: RUF009
+    dialogues: str | None = _own("dialogues")
+    rankings: str = _own("rankings")
+    user_endings: str = _own("user_endings")
+    chat_template_kwargs: dict[str, Any] | None = _own("chat_template_kwargs")  # noqa: RUF009
 
     method: str = _own("method")
     beta: float = _own("beta")

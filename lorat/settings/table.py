@@ -76,6 +76,35 @@ _DATA = {
         None, int, "Longest prompt in tokens; its end is kept. Unset: shortened only where max_length asks for it."
     ),
     "overlong": Setting("truncate", str, "What to do with a row beyond max_length.", choices=("truncate", "drop")),
+    "columns": Setting(
+        None,
+        dict[str, str | None],
+        "Which column is which: prompt=question,chosen=good,rejected=bad,system=sys … (docs/data.md).",
+    ),
+    "dialogues": Setting(
+        None,
+        str,
+        "chat: texts, Human:/Assistant: dialogues too, become messages; text: messages become such a dialogue. Unset: as "
+        "written.",
+        choices=("chat", "text"),
+    ),
+    "rankings": Setting(
+        "best_worst",
+        str,
+        "Pairs from a row with many ranked or scored answers: best against worst, or all.",
+        choices=("best_worst", "all_pairs"),
+    ),
+    "user_endings": Setting(
+        "keep",
+        str,
+        "The user's words at the end of an answer: train on them, cut them, or drop the row.",
+        choices=("keep", "cut", "drop"),
+    ),
+    "chat_template_kwargs": Setting(
+        None,
+        dict,
+        "Given to the chat template for every row, e.g. {enable_thinking: false}; a row's own win.",
+    ),
 }
 _METHOD = {
     "method": Setting(

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 def check_config(config: TrustRegionConfig) -> None:
     """Raise one `ConfigError` that names every contradiction in `config`; return None if there is none."""
     problems = [*_choices(config), *_method(config), *_reference(config), *_adapter(config), *_data(config)]
-    problems += _run(config)
+    problems += [*_rows(config), *_run(config)]
     if problems:
         head = "This configuration cannot work:" if len(problems) > 1 else "This setting cannot work:"
         raise ConfigError("\n".join([head, *(f"  - {p}" for p in problems)]))
@@ -153,6 +153,24 @@ def _data(c: TrustRegionConfig):
             f"max_prompt_length={c.max_prompt_length} leaves no room for a completion in max_length={c.max_length}; "
             "set max_prompt_length below max_length."
         )
+
+
+def _rows(c: TrustRegionConfig):
+    for name, example in (("columns", "{prompt: question}"), ("chat_template_kwargs", "{enable_thinking: false}")):
+        value = getattr(c, name)
+        if value is not None and not isinstance(value, dict):
+            yield f"{name}={value!r} is no mapping; write one, such as {name}: {example}."
+    wrong = [
+        f"{role}: {column}"
+        for role, column in (c.columns.items() if isinstance(c.columns, dict) else ())
+        if not _column(role, column)
+    ]
+    if wrong:
+        yield f"columns has {', '.join(wrong)}, and maps a part of a row to a column's name; set e.g. prompt: question."
+
+
+def _column(role: Any, column: Any) -> bool:
+    return isinstance(role, str) and (column is None or isinstance(column, str))
 
 
 def _run(c: TrustRegionConfig):

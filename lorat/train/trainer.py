@@ -24,6 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallba
 from transformers import ProgressCallback as PlainProgressCallback
 from transformers.trainer_utils import rotate_checkpoints
 
+from ..data.columns import RowSettings
 from ..data.prepare import DataReport, check_budget, extent, pack_sizes, prepare
 from ..data.tokenization import check_tokenizer
 from ..errors import CheckpointError, ConfigError
@@ -201,6 +202,8 @@ class TrustRegionTrainer(Trainer):
             max_prompt_length=args.max_prompt_length,
             overlong=args.overlong,
             name=name,
+            rows=RowSettings.of(vars(args)),
+            weights=(args.desirable_weight, args.undesirable_weight),
         )
         self.reports.append(report)
         return dataset
