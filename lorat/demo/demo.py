@@ -151,6 +151,7 @@ def _measure(model, without_adapter, tokenizer, prompts: list[str], held_out: li
         return row
 
     def log_ratio(texts: list[str], completions: list[str]) -> torch.Tensor:
+        """Policy minus SFT of n completions, `(n,)` nats."""
         policy = toy.sequence_logps(model, tokenizer, texts, completions)
         with without_adapter():
             return policy - toy.sequence_logps(model, tokenizer, texts, completions)
@@ -163,6 +164,7 @@ def _measure(model, without_adapter, tokenizer, prompts: list[str], held_out: li
 
 
 def _error(x: torch.Tensor) -> float:
+    """Standard error of the mean of `(n,)` values."""
     return (x.std() / len(x) ** 0.5).item()
 
 

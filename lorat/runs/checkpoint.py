@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not there: written aside, sealed with a manifest, then renamed.
+"""Checkpoints, written atomically: aside, sealed with a manifest, then renamed.
 
 A checkpoint is written to `.saving/`, its files' sizes and SHA-256 go into `manifest.json`, and one rename
 makes it visible. A process killed at any moment leaves the earlier checkpoints as they were; what is torn

@@ -70,7 +70,9 @@ def test_a_second_evaluation_forgets_the_first(neox, tmp_path):
 
 
 def test_kto_counts_the_tokens_of_its_baseline(neox, tmp_path):
-    rows = [{"prompt": p["prompt"], "completion": p["chosen"], "label": i % 2 == 0} for i, p in enumerate(make_pairs(4))]
+    rows = [
+        {"prompt": p["prompt"], "completion": p["chosen"], "label": i % 2 == 0} for i, p in enumerate(make_pairs(4))
+    ]
     trainer = trainer_for(neox, tmp_path / "run", rows, method="kto")
     trainer.train()
     sizes = [(len(r["prompt"].split()), len(r["completion"].split()) + 1) for r in rows]
@@ -175,7 +177,7 @@ def test_a_damaged_or_foreign_adapter(neox, tmp_path):
 
 
 def test_an_adapter_whose_values_did_not_arrive_is_found(neox, tmp_path, monkeypatch):
-    """Some versions of transformers and PEFT left a resumed policy at its first values, without a word."""
+    """Some versions of transformers and PEFT left a resumed policy silently at its first values."""
     from lorat.model import adapters
 
     trainer = trainer_for(neox, tmp_path / "run", make_pairs(8), save_strategy="steps", save_steps=1)
