@@ -66,7 +66,7 @@ class TrustRegionConfig(TrainingArguments):
         "Data", None, "Longest prompt in tokens; its end is kept. Unset: shortened only where max_length asks for it."
     )
     overlong: Literal["truncate", "drop"] = _f("Data", "truncate", "What to do with a row beyond max_length.")
-    columns: dict[str, str | None] | None = _f(
+    columns: dict[str, str | None] | None = _f(  # noqa: RUF009
         "Data", None, "Which column is which: prompt=question,chosen=good,rejected=bad,system=sys … (docs/data.md)."
     )
     dialogues: Literal["chat", "text"] | None = _f(
@@ -81,7 +81,7 @@ class TrustRegionConfig(TrainingArguments):
     user_endings: Literal["keep", "cut", "drop"] = _f(
         "Data", "keep", "The user's words at the end of an answer: train on them, cut them, or drop the row."
     )
-    chat_template_kwargs: dict[str, Any] | None = _f(
+    chat_template_kwargs: dict[str, Any] | None = _f(  # noqa: RUF009
         "Data", None, "Given to the chat template for every row, e.g. {enable_thinking: false}; a row's own win."
     )
 
