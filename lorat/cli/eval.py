@@ -102,7 +102,7 @@ def evaluate(argv: list[str]) -> int:
             "max_length": max_length,
             "sha256": belongs["data"],
         },
-        "models": {m: str(f) for m, f in found.folders.items()} | {"base": lineup.config.model_name_or_path},
+        "models": {m: str(f) for m, f in found.folders.items()} | {"base": lineup.base.name},
         **who,
         "versions": versions(),
         **numbers,

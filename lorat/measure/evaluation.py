@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..files import Pieces, pack_floats, unpack_floats
-from ..model.logprobs import Head, token_logprobs
+from ..model.models import Head
 from ..model.probe import why_not
 from ..packs.logprobs import per_completion
 from ..packs.packing import Group, Packer
@@ -40,15 +40,8 @@ def against(lineup: Lineup) -> list[tuple[str, str]]:
 def packer(lineup: Lineup, budget: int, pad_id: int, longest: int) -> Packer:
     """Packs of `budget` tokens that share prompts where the model computes them exactly, else a row a completion."""
     with lineup.using("policy"):
-        shared = why_not(lineup.model, lineup.head, lineup.device, longest, lineup.autocast) is None
+        shared = why_not(lineup.models, lineup.device, longest) is None
     return Packer(shared, budget, pad_id)
-
-
-class _HiddenStates(Head):
-    """A head that hands on what it gets, so that a pack's hidden states are had as its log-probs are."""
-
-    def logprobs(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        return hidden
 
 
 def token_passes(
@@ -67,7 +60,7 @@ def token_passes(
             if key not in pieces:
                 pack = packs.pack([groups[i] for i in indices]).to(lineup.device)
                 with lineup.using(name):
-                    pieces[key] = pack_floats(token_logprobs(lineup.model, lineup.head, pack))
+                    pieces[key] = pack_floats(lineup.models.tokens(pack))
             rows.update(zip(places, unpack_floats(pieces[key]).split(lengths), strict=True))
             done(len(indices))
         out[name] = [rows[i] for i in range(len(rows))]
@@ -165,7 +158,7 @@ def kl_passes(
 
 def _hidden(lineup: Lineup, name: str, pack: Any) -> Tensor:
     with lineup.using(name):
-        return token_logprobs(lineup.model, _HiddenStates(*vars(lineup.head).values()), pack)
+        return lineup.models.hidden(pack)
 
 
 @torch.no_grad()

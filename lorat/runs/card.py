@@ -7,6 +7,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from ..methods import METHODS
 from .versions import versions
 
 BODY = """\
@@ -42,7 +43,7 @@ tokenizer = AutoTokenizer.from_pretrained("{folder}")
 
 def write_model_card(folder: Path, trainer: Any) -> None:
     """Write `folder`/README.md from what the trainer ran with."""
-    args, rule = trainer.args, trainer.rule
+    args, rule, facts = trainer.args, trainer.rule, trainer.facts
     peft_config = trainer.model.peft_config["default"]
     base = args.model_name_or_path or trainer.model.get_base_model().config._name_or_path or "the base model"
     moved = f"{rule.updates} update{'' if rule.updates == 1 else 's'}"
@@ -50,11 +51,11 @@ def write_model_card(folder: Path, trainer: Any) -> None:
     if rule.adaptive:
         limits = ", ".join(f"{k} {v:g}" for k in ("sync_limit", "sync_distance") if (v := getattr(args, k)) is not None)
         reference = f"adaptive, alpha {rule.alpha:g}, {limits}, at least {rule.every} steps apart, {moved}"
-    method = {"dpo": "DPO", "ipo": "IPO", "kto": "KTO"}[args.method]
+    method = METHODS[args.method].title
     start = f"adapter `{args.policy_adapter}`" if args.policy_adapter else "the base itself"
     start += f", reference from adapter `{args.ref_adapter}`" if args.ref_adapter else ""
     data = args.dataset_name or "given in Python"
-    quantised = ", in 4-bit " + args.bnb_4bit_quant_type.upper() if args.load_in_4bit else ""
+    quantised = ", in 4-bit " + facts.quant_type.upper() if facts.four_bit else ""
     text = BODY.format(
         title=f"{Path(base).name} aligned by {'TR-' if rule.moves else ''}{method}",
         base=base,

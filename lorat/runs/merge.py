@@ -19,8 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ..errors import CheckpointError, ConfigError, ModelError
 from ..model.adapters import adapter_folder
-from ..model.base import AS_LOADED, load_base, plain_embeddings_
-from ..settings.config import TrustRegionConfig
+from ..model.base import Base, load_base, plain_embeddings_
 from . import checkpoint as ck
 
 SENTENCES = (
@@ -78,50 +77,40 @@ def merge(
     name = base_model or PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
     if not name:
         raise ModelError(f"{run!r} does not say what its base is; give it with --base-model.")
-    trained = _trained_config(folder, name)
-    trained.trust_remote_code = trust_remote_code
+    trained = Base.from_settings(_recorded(folder), name, trust_remote_code=trust_remote_code, device="cpu")
     tokenizer = AutoTokenizer.from_pretrained(str(folder if (folder / "tokenizer_config.json").exists() else name))
     rows = [tokenizer(s, return_tensors="pt")["input_ids"] for s in SENTENCES]
 
     model = load_base(trained)
     with_adapter = PeftModel.from_pretrained(model, str(folder))
     before = _token_logprobs(with_adapter, rows)
-    if base == "dequantized" and trained.load_in_4bit:
+    if base == "dequantized" and trained.four_bit:
         model = with_adapter.unload().dequantize()
         plain_embeddings_(model)
     else:
         del with_adapter, model
         model = AutoModelForCausalLM.from_pretrained(
             name,
-            dtype=trained.torch_dtype,
+            dtype=trained.dtype,
             use_safetensors=True,
-            revision=trained.model_revision or "main",
+            revision=trained.revision or "main",
             trust_remote_code=trust_remote_code,
         )
     model = model.float()  # add in float32, round once
     merged: Any = PeftModel.from_pretrained(model, str(folder)).merge_and_unload(safe_merge=True)
-    merged = merged.to(trained.torch_dtype if dtype == "auto" else getattr(torch, dtype))
+    merged = merged.to(trained.dtype if dtype == "auto" else getattr(torch, dtype))
     after = _token_logprobs(merged, rows)
     merged.save_pretrained(str(target))
     tokenizer.save_pretrained(str(target))
     gap = (after - before).abs()
-    return MergeReport(
-        target, base if trained.load_in_4bit else "plain", gap.mean().item(), gap.max().item(), gap.numel()
-    )
+    return MergeReport(target, base if trained.four_bit else "plain", gap.mean().item(), gap.max().item(), gap.numel())
 
 
-def _trained_config(folder: Path, name: str) -> TrustRegionConfig:
-    """How the run loaded its base, from what it wrote down; lorat's defaults for an adapter of other origin."""
-    saved: dict[str, Any] = {}
+def _recorded(folder: Path) -> dict[str, Any]:
+    """The settings that the run wrote down; none for an adapter of other origin."""
     if (folder / ck.STATE).is_file():
-        saved = ck.read_json(folder / ck.STATE)["run"]
-    elif (folder / ck.RUN).is_file():
-        saved = ck.read_json(folder / ck.RUN)
-    kept = {k: saved[k] for k in AS_LOADED if k in saved}
-    if kept.get("dtype", "auto") == "auto" and saved:
-        kept["dtype"] = "bfloat16" if saved.get("bf16") else "float16" if saved.get("fp16") else "float32"
-    # bf16 is a matter of autocast in training; here only the type of the weights counts.
-    return TrustRegionConfig(model_name_or_path=name, bf16=False, use_cpu=True, output_dir=str(folder), **kept)
+        return ck.read_json(folder / ck.STATE)["run"]
+    return ck.read_json(folder / ck.RUN) if (folder / ck.RUN).is_file() else {}
 
 
 @torch.no_grad()

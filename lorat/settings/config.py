@@ -8,13 +8,19 @@ give different results. Costs nothing: no model, tokenizer or dataset is touched
 from __future__ import annotations
 
 from dataclasses import MISSING, dataclass, field, fields
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from transformers import TrainingArguments
 
 from ..reference import Adaptive, Frozen, Hard, Soft, UpdateRule, preset
+from .table import FREE, TRAINER_FIELDS
 from .validation import SYNC, check_config
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+    from ..model.base import Base
 
 # transformers renamed gradient_checkpointing to activation_checkpointing; older versions lack the new name.
 _NAMES = {f.name for f in fields(TrainingArguments)}
@@ -85,7 +91,9 @@ class TrustRegionConfig(TrainingArguments):
         "Data", None, "Given to the chat template for every row, e.g. {enable_thinking: false}; a row's own win."
     )
 
-    method: Literal["dpo", "ipo", "kto"] = _f("Method", "dpo", "Loss: DPO, IPO or KTO.")
+    method: Literal["dpo", "ipo", "kto", "apo_zero", "hypo"] = _f(
+        "Method", "dpo", "Loss: DPO, IPO, KTO, APO-zero, or HyPO (DPO that ignores a pessimistic reference)."
+    )
     beta: float = _f("Method", 0.1, "Strength of the tie to the reference (usual: 0.01 to 0.5; the TR paper: 0.05).")
     label_smoothing: float = _f("Method", 0.0, "DPO: share of labels assumed flipped (0 to 0.5): conservative DPO.")
     robust: bool = _f("Method", False, "DPO: the unbiased form of label smoothing (rDPO).")
@@ -94,6 +102,9 @@ class TrustRegionConfig(TrainingArguments):
     )
     desirable_weight: float = _f("Method", 1.0, "KTO: weight of desirable completions.")
     undesirable_weight: float = _f("Method", 1.0, "KTO: weight of undesirable completions.")
+    sft_weight: float = _f(
+        "Method", 0.0, "Pairs: weight of the chosen completion's mean negative log-likelihood (RPO; usual: 0.1 to 1)."
+    )
 
     sync: str = _f(
         "Reference",
@@ -198,6 +209,40 @@ class TrustRegionConfig(TrainingArguments):
         """Whether activations are recomputed in the backward pass."""
         return bool(getattr(self, "activation_checkpointing", None) or self.gradient_checkpointing)
 
+    def base(self) -> Base:
+        """What to load as the base."""
+        from ..model.base import Base
+
+        return Base(
+            name=self.model_name_or_path,
+            revision=self.model_revision,
+            tokenizer=self.tokenizer_name_or_path,
+            trust_remote_code=self.trust_remote_code,
+            attention=self.attn_implementation,
+            dtype=self.torch_dtype,
+            four_bit=self.load_in_4bit,
+            quant_type=self.bnb_4bit_quant_type,
+            double_quant=self.bnb_4bit_use_double_quant,
+            quantize_embeddings=self.quantize_embeddings,
+            device=torch.device("cpu") if self.use_cpu else self.device,
+        )
+
+    def adapter(self) -> LoraConfig:
+        """The adapter that the `lora_*` fields describe, as PEFT takes it."""
+        from peft import LoraConfig
+
+        targets = list(self.lora_target_modules)
+        return LoraConfig(
+            r=self.lora_r,
+            lora_alpha=self.lora_alpha,
+            lora_dropout=self.lora_dropout,
+            target_modules="all-linear" if targets == ["all-linear"] else targets,
+            use_rslora=self.use_rslora,
+            use_dora=self.use_dora,
+            bias="none",
+            task_type="CAUSAL_LM",
+        )
+
     def update_rule(self) -> UpdateRule:
         """A fresh update rule of the reference, as the fields describe it."""
         if self.sync == "frozen":
@@ -227,6 +272,13 @@ class TrustRegionConfig(TrainingArguments):
     def own_fields(self) -> dict[str, Any]:
         """lorat's own settings as plain values, in declaration order."""
         return {f.name: getattr(self, f.name) for f in fields(self) if "group" in f.metadata}
+
+    def identity(self) -> dict[str, Any]:
+        """Every setting that decides a run's trajectory: what a resumed run has to have in common with it."""
+        own = {k: v for k, v in self.own_fields().items() if k not in FREE}
+        theirs = {k: getattr(self, k) for k in TRAINER_FIELDS if hasattr(self, k)}
+        words = {k: str(getattr(v, "value", v)) for k, v in theirs.items() if k in ("optim", "lr_scheduler_type")}
+        return own | theirs | words
 
 
 def field_default(f: Any) -> Any:

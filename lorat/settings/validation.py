@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from .config import TrustRegionConfig
 
 CHOICES = {
-    "method": ("dpo", "ipo", "kto"),
+    "method": ("dpo", "ipo", "kto", "apo_zero", "hypo"),
     "quantize_embeddings": (None, "8bit", "4bit"),
     "sync_space": (None, "product", "factors"),
     "overlong": ("truncate", "drop"),
@@ -70,6 +70,12 @@ def _method(c: TrustRegionConfig):
         yield "robust=True without label_smoothing is plain DPO; set label_smoothing (e.g. 0.1) or remove robust."
     if c.length_normalize and c.method == "kto":
         yield "length_normalize is not defined for KTO, whose baseline is a sum over tokens; remove it."
+    elif c.length_normalize and c.method not in ("dpo", "ipo"):
+        yield f"length_normalize=True belongs to DPO and IPO, method is {c.method}; remove it."
+    if not _number(c.sft_weight) or c.sft_weight < 0:
+        yield f"sft_weight={c.sft_weight} would push the chosen completions away; set it to 0 or more."
+    elif c.sft_weight and c.method == "kto":
+        yield f"sft_weight={c.sft_weight} weighs the chosen completion of a pair, which KTO does not have; remove it."
     for name in ("desirable_weight", "undesirable_weight"):
         value = getattr(c, name)
         if not _number(value) or value < 0:

@@ -66,7 +66,9 @@ def test_a_checkpoint_is_not_mapped_while_it_is_loaded_in_4bit(tmp_path, monkeyp
         return quantize(*args, **kwargs)
 
     monkeypatch.setattr(bnb, "quantize_4bit", looking)
-    load_base(TrustRegionConfig(output_dir=str(tmp_path), model_name_or_path=str(folder), use_cpu=True, bf16=False))
+    load_base(
+        TrustRegionConfig(output_dir=str(tmp_path), model_name_or_path=str(folder), use_cpu=True, bf16=False).base()
+    )
     assert len(seen) == 8 and not any(seen)
     assert modeling_utils.safe_open is opened
 

@@ -132,7 +132,7 @@ def test_a_folder_with_another_run_is_refused_before_the_model_is_loaded(run, ca
 
 
 def test_a_signal_ends_with_its_status_and_says_how_to_go_on(run, capsys, monkeypatch):
-    from lorat.train.movement import ReferenceCallback
+    from lorat.train.callbacks import ReferenceCallback
 
     move = ReferenceCallback.on_step_end
 
@@ -155,12 +155,12 @@ def test_a_signal_ends_with_its_status_and_says_how_to_go_on(run, capsys, monkey
 def test_out_of_gpu_memory_says_what_to_set(run, capsys, monkeypatch):
     import torch
 
-    from lorat.train.engine import Engine
+    from lorat.train.scorer import Scorer
 
     def full(*args, **kwargs):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
 
-    monkeypatch.setattr(Engine, "outcome", full)
+    monkeypatch.setattr(Scorer, "score", full)
     assert run() == 1
     said = capsys.readouterr().err
     assert "max_tokens_per_pack=8192" in said and "Tried to allocate 2.00 GiB" in said and "Traceback" not in said
