@@ -40,8 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Print the prediction; returns 0 if it fits (or nothing was asked to be fitted into), 1 if not."""
     config, fixed = _config(options.settings)
+    from ..model.base import read_model_config
     from ..plan.advice import advised
-    from ..plan.blueprint import read_model_config
     from ..plan.card import bytes_of
     from ..plan.memory import Planner
 

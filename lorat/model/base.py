@@ -10,6 +10,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -138,22 +139,36 @@ def load_tokenizer(base: Base) -> PreTrainedTokenizerBase:
         ) from error
 
 
+def read_model_config(base: Base, advice: str = "") -> Any:
+    """The model's configuration: of a hub id, of a folder, or a `config.json` alone. Raises a `LoratError` without one.
+
+    `advice`: what to set instead, if not the model's name.
+    """
+    name = base.name
+    if not name:
+        raise ConfigError("model_name_or_path is not set; give a hub id (EleutherAI/pythia-6.9b) or a local folder.")
+    try:
+        return AutoConfig.from_pretrained(
+            name, revision=base.revision or "main", trust_remote_code=base.trust_remote_code
+        )
+    except Exception as error:
+        advice = advice or (
+            "Set model_name_or_path to a hub id or to a folder that holds config.json and safetensors weights; to plan, the "
+            "config.json alone will do."
+        )
+        missing = " There is no such file." if not Path(name).exists() and name.count("/") > 1 else ""
+        raise ModelError(
+            f"{name!r} has no readable model configuration ({first_line(error)}).{missing} {advice}"
+        ) from error
+
+
 def load_base(base: Base) -> PreTrainedModel:
     """The base model, once, frozen, in 4-bit if `base.four_bit`; one copy on `base.device`.
 
     Raises `ModelError` where the folder has no safetensors weights or the hub no such model.
     """
-    name = base.name
-    if not name:
-        raise ConfigError("model_name_or_path is not set; give a hub id (EleutherAI/pythia-6.9b) or a local folder.")
+    model_config, name = read_model_config(base), str(base.name)
     common = dict(revision=base.revision or "main", trust_remote_code=base.trust_remote_code)
-    try:
-        model_config = AutoConfig.from_pretrained(name, **common)
-    except Exception as error:
-        raise ModelError(
-            f"{name!r} has no readable model configuration ({first_line(error)}). Set model_name_or_path to a hub id "
-            "or to a folder that holds config.json and safetensors weights."
-        ) from error
     for key, value in model_config.get_text_config().to_dict().items():
         if key.endswith(("dropout", "pdrop")) and isinstance(value, float):
             setattr(model_config.get_text_config(), key, 0.0)  # noise on a frozen base is noise in every log-ratio

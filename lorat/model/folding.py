@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import ModelError, first_line
+from ..packs.logprobs import logprobs_of
 
 PACKED = (bnb.nn.Params4bit, bnb.nn.Int8Params)
 PRODUCT = 2e-2  # relative: bitsandbytes may multiply in bf16
@@ -206,4 +207,4 @@ def token_logprobs(model: nn.Module, ids: Tensor) -> Tensor:
     """Log-probs of every next token of `ids` (n, t), (n, t - 1) float32."""
     model.eval()
     logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
-    return logits.log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]
+    return logprobs_of(logits, ids[:, 1:])

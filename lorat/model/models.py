@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ..errors import ModelError
 from ..packs.attention import KEYWORD, NAMES
-from ..packs.logprobs import LogProbs, per_completion
+from ..packs.logprobs import LogProbs, logprobs_of, per_completion
 from ..packs.packing import Pack, pad_rows
 from ..reference import POLICY, REFERENCE, adapter_parameters, snapshot
 
@@ -156,7 +156,7 @@ def check_head(models: Models, device: torch.device) -> None:
     logits = model.get_base_model()(input_ids=pack.input_ids, use_cache=False).logits[0, :-1].float()
     model.train(training)
     bound = 0.02 + 4 * torch.finfo(head.weight.dtype).eps * logits.abs().max().item()
-    theirs = logits.log_softmax(-1).gather(1, pack.targets[:, None])[:, 0]
+    theirs = logprobs_of(logits, pack.targets)
     gap = (ours - theirs).abs().max().item()
     if not gap < bound:
         raise ModelError(

@@ -10,16 +10,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 from transformers.quantizers import AutoHfQuantizer
 
-from ..errors import ConfigError, ModelError, first_line
+from ..errors import ModelError, first_line
 from ..model.adapters import attach
 from ..model.base import Base, quantization_config
 from ..packs.attention import NAMES
@@ -30,24 +29,6 @@ if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
 
 BLOCK, NESTED = 64, 256  # numbers that share a scale; scales that share one, with double quantisation
-
-
-def read_model_config(base: Base) -> Any:
-    """The model's configuration: of a hub id, of a folder, or a `config.json` alone; raises `ModelError` without one."""
-    name = base.name
-    if not name:
-        raise ConfigError("model_name_or_path is not set; give a hub id, a local folder, or a config.json.")
-    try:
-        return AutoConfig.from_pretrained(
-            name, revision=base.revision or "main", trust_remote_code=base.trust_remote_code
-        )
-    except Exception as error:
-        missing = not Path(name).exists() and name.count("/") > 1
-        raise ModelError(
-            f"{name!r} has no readable model configuration ({first_line(error)})."
-            + (" There is no such file." if missing else "")
-            + " Set model_name_or_path to a hub id, to a folder that holds config.json, or to that file."
-        ) from error
 
 
 def draw(base: Base, adapter: LoraConfig, model_config: Any, ref_rank: int | None = None) -> PeftModel:

@@ -69,7 +69,7 @@ class MovingReference:
         self._lines.clear()
         if self.journal is None or not self.journal.exists():
             return
-        kept = [line for line in _read(self.journal) if 0 < line["step"] <= step]
+        kept = [line for line in read_journal(self.journal) if 0 < line["step"] <= step]
         if kept:
             write_whole(self.journal, "".join(json.dumps(line) + "\n" for line in kept))
         else:
@@ -99,14 +99,16 @@ class MovingReference:
         return opening_lines(self.rule, beta, steps)
 
 
-def _read(path: Path) -> list[dict[str, Any]]:
-    """The lines of a journal; a torn last one is left out."""
-    lines = []
-    for text in path.read_text().splitlines() if path.is_file() else ():
+def read_journal(path: Path) -> list[dict[str, Any]]:
+    """The lines of a journal, whoever wrote it; from the first one that is torn on, none, and none without a step."""
+    lines: list[dict[str, Any]] = []
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
         try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
+            line = json.loads(text)
+        except ValueError:
             break
+        if isinstance(line, dict) and isinstance(line.get("step"), int):
+            lines.append(line)
     return lines
 
 

@@ -195,3 +195,10 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{str(path)!r} cannot be read ({error}); resume from another checkpoint.") from error
+
+
+def recorded_settings(folder: Path) -> dict[str, Any]:
+    """The settings that a run wrote into its folder or a checkpoint of it; none for an adapter of other origin."""
+    if (folder / STATE).is_file():
+        return read_json(folder / STATE)["run"]
+    return read_json(folder / RUN) if (folder / RUN).is_file() else {}

@@ -61,13 +61,8 @@ def models_of(run: str, reference: str | None = None, start: str | None = None) 
             f"the run in {run!r} has not ended, so it has no adapter yet; give its checkpoint, {found[0]}."
         )
     policy = adapter_folder(run)
-    settings: dict[str, Any] = {}
-    if (policy / ck.STATE).is_file():
-        settings, root = ck.read_json(policy / ck.STATE)["run"], policy.parent
-    else:
-        root = policy
-        if (policy / ck.RUN).is_file():
-            settings = ck.read_json(policy / ck.RUN)
+    settings = ck.recorded_settings(policy)
+    root = policy.parent if (policy / ck.STATE).is_file() else policy
     out = Found({"policy": policy}, settings)
     if start or (root / ck.START / ADAPTER_WEIGHTS).is_file():
         out.folders["start"] = adapter_folder(start) if start else root / ck.START

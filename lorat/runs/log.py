@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DataError
+from ..reference.moving import JOURNAL, read_journal
 from .checkpoint import RUN, checkpoints
 
 TRAINER_STATE = "trainer_state.json"
-JOURNAL = "reference.jsonl"
 RESULTS = ("eval.json", "eval_results.json", "judge*.json")
 SAMPLES = ("*samples*.jsonl", "*samples*.json")
 
@@ -106,7 +106,7 @@ def read_run(folder: Path, name: str) -> RunLog:
         run.notes.append(
             f"no {TRAINER_STATE} yet: a log is written with the first checkpoint (save_steps) and at the end."
         )
-    run.moves = _journal(run_dir / JOURNAL)
+    run.moves = read_journal(run_dir / JOURNAL)
     if folder != run_dir:  # the run went on from this checkpoint
         run.moves = [line for line in run.moves if line["step"] <= run.step]
     for pattern in RESULTS:
@@ -139,16 +139,3 @@ def _optional(path: Path, run: RunLog, quiet: bool = False) -> Any:
         if not quiet:
             run.notes.append(f"{path.name} cannot be read ({error}) and is left out.")
         return None
-
-
-def _journal(path: Path) -> list[dict[str, Any]]:
-    """The lines of `reference.jsonl`; from the first one that is torn on, none."""
-    lines: list[dict[str, Any]] = []
-    for text in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
-        try:
-            line = json.loads(text)
-        except ValueError:
-            break
-        if isinstance(line, dict) and isinstance(line.get("step"), int):
-            lines.append(line)
-    return lines

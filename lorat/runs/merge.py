@@ -25,13 +25,13 @@ from typing import Any
 import torch
 from peft import PeftConfig, PeftModel
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import cached_file
 
 from ..errors import CheckpointError, ConfigError, ModelError, first_line
 from ..model import folding
 from ..model.adapters import adapter_folder
-from ..model.base import Base, load_base, load_tokenizer, reading_in_turn
+from ..model.base import Base, load_base, load_tokenizer, read_model_config, reading_in_turn
 from . import checkpoint as ck
 from .card import write_merged_card
 
@@ -132,7 +132,7 @@ def merge(
     name = base_model or PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
     if not name:
         raise ModelError(f"{run!r} does not say what its base is; give it with --base-model.")
-    trained = Base.from_settings(_recorded(folder), name, trust_remote_code=trust_remote_code, device="cpu")
+    trained = Base.from_settings(ck.recorded_settings(folder), name, trust_remote_code=trust_remote_code, device="cpu")
     known = _check_stored(trained, base)
     kind = known if dtype == "auto" else getattr(torch, dtype)
     with_tokenizer = (folder / "tokenizer_config.json").exists()
@@ -202,23 +202,9 @@ def _merge(
     return report
 
 
-def _recorded(folder: Path) -> dict[str, Any]:
-    """The settings that a run wrote beside its adapter; none for an adapter of other origin."""
-    if (folder / ck.STATE).is_file():
-        return ck.read_json(folder / ck.STATE)["run"]
-    return ck.read_json(folder / ck.RUN) if (folder / ck.RUN).is_file() else {}
-
-
 def _check_stored(trained: Base, base: str) -> torch.dtype:
     """The type that the base is stored in; raises `ModelError` for one that cannot be merged into."""
-    how: dict[str, Any] = dict(revision=trained.revision or "main", trust_remote_code=trained.trust_remote_code)
-    try:
-        config = AutoConfig.from_pretrained(str(trained.name), **how)
-    except Exception as error:
-        raise ModelError(
-            f"{trained.name!r} has no readable model configuration ({first_line(error)}). Name the folder or hub id of the "
-            "base with --base-model."
-        ) from error
+    config = read_model_config(trained, "Name the folder or hub id of the base with --base-model.")
     stored = getattr(config, "quantization_config", None)
     if stored is not None:
         method = stored.get("quant_method") if isinstance(stored, dict) else getattr(stored, "quant_method", None)
@@ -236,14 +222,20 @@ def _check_stored(trained: Base, base: str) -> torch.dtype:
     for known in (getattr(config, "dtype", None), getattr(config.get_text_config(), "dtype", None)):
         if known is not None:
             return getattr(torch, str(known).removeprefix("torch."))
-    return _type_in_file(trained, how)
+    return _type_in_file(trained)
 
 
-def _type_in_file(trained: Base, how: dict[str, Any]) -> torch.dtype:
+def _beside(trained: Base, name: str) -> str | None:
+    """Where a file of the base's folder or repository lies here; None where it has no such file."""
+    kwargs: dict[str, Any] = dict(_raise_exceptions_for_missing_entries=False, revision=trained.revision or "main")
+    return cached_file(str(trained.name), name, **kwargs)
+
+
+def _type_in_file(trained: Base) -> torch.dtype:
     """The type of the first floating tensor in the base's file; float32 where there is none."""
     from safetensors import safe_open
 
-    path = cached_file(str(trained.name), "model.safetensors", _raise_exceptions_for_missing_entries=False, **how)
+    path = _beside(trained, "model.safetensors")
     if path:
         words = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
         with safe_open(path, framework="pt") as file:
@@ -318,15 +310,11 @@ def _save(plain: Any, staged: Path, trained: Base, tokenizer: Any, kind: torch.d
     layers = folding.decoder_layers(plain)
     kept = folding.stays_float32(plain)
     folding.round_(folding.outside(plain, layers.values()), kind, kept)
-    how: dict[str, Any] = dict(revision=trained.revision or "main", trust_remote_code=trained.trust_remote_code)
-    stored, text = (
-        AutoConfig.from_pretrained(str(trained.name), **how).get_text_config(),
-        plain.config.get_text_config(),
-    )
+    stored, text = read_model_config(trained).get_text_config(), plain.config.get_text_config()
     for key, value in stored.to_dict().items():
         if key.endswith(("dropout", "pdrop")):  # training had set it to 0
             setattr(text, key, value)
-    beside = {f: cached_file(str(trained.name), f, _raise_exceptions_for_missing_entries=False, **how) for f in BESIDE}
+    beside = {name: _beside(trained, name) for name in BESIDE}
     if beside["generation_config.json"]:
         plain.generation_config = GenerationConfig()  # the base's own file is taken as it is
     size = sum(t.numel() * t.element_size() for t in plain.state_dict().values())

@@ -224,8 +224,8 @@ class TrustRegionTrainer(Trainer):
     @staticmethod
     def _fit(args: TrustRegionConfig, model: Any, datasets: list[Dataset]) -> None:
         """Set `max_tokens_per_pack` to what the plan finds for `gpu_memory`; raises `ConfigError` if nothing fits."""
+        from ..model.base import read_model_config
         from ..plan.advice import fit
-        from ..plan.blueprint import read_model_config
         from ..plan.card import bytes_of
 
         longest = max(

@@ -175,8 +175,8 @@ def test_gpu_memory_sets_the_pack_or_says_what_would_help(neox, tmp_path):
     """As the plan finds it for this data; never below the longest example, and refused before a model is loaded."""
     from lorat.data.prepare import pack_sizes
     from lorat.errors import ConfigError
+    from lorat.model.base import read_model_config
     from lorat.plan.advice import fit
-    from lorat.plan.blueprint import read_model_config
     from lorat.plan.card import bytes_of
 
     trainer = trainer_for(neox, tmp_path / "run", make_pairs(12), gpu_memory="2GiB")
@@ -194,7 +194,7 @@ def test_gpu_memory_sets_the_pack_or_says_what_would_help(neox, tmp_path):
 def test_ranks_plan_for_the_least_memory_among_them(neox, tmp_path, monkeypatch):
     """Each asks its own card: all get the same packs, and where one has too little, all say so."""
     from lorat.errors import ConfigError
-    from lorat.plan.blueprint import read_model_config
+    from lorat.model.base import read_model_config
     from lorat.plan.card import bytes_of
     from lorat.plan.memory import Planner
     from lorat.train import trainer as module
