@@ -104,7 +104,8 @@ def encode(
     Conversations start as the chat template writes them, as they do when the model is served.
     """
     template = template or Template(tokenizer)
-    rendered, said: list[Any] = [], []
+    rendered: list[Any] = []
+    said: list[Any] = []
     for example in examples:
         template.note = None
         rendered.append(render(example, tokenizer, template))
