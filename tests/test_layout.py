@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from importlib import import_module
@@ -55,6 +56,18 @@ def test_a_room_imports_only_rooms_above_it(path):
     own = ORDER.index(OLD_NAMES.get(name, name))
     later = {r for r in imports(path)[0] - {"__version__"} if ORDER.index(r) > own}
     assert not later, f"{name} imports {sorted(later)}, which stand later"
+
+
+def test_contributing_lists_the_rooms_in_their_order_and_files_that_are_there():
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    listed = [word.strip("/").removesuffix(".py") for word in re.findall(r"`([\w.]+/?)`", text.split("## ")[1])]
+    rooms = [name for name in dict.fromkeys(listed) if name in ORDER]
+    assert rooms == [name for name in ORDER if name in {room(p) for p in FILES}]
+    paths = {path for path in re.findall(r"`([\w./]+)`", text) if "/" in path and "NAME" not in path}
+    there = {
+        path for path in paths if any((folder / path).exists() for folder in (ROOT, ROOT / "lorat", ROOT / "lorat/cli"))
+    }
+    assert paths - there <= {"docs/data.md"}  # written with the data room
 
 
 def test_every_room_is_listed():
