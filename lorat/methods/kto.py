@@ -50,10 +50,11 @@ class KTO(Method):
         return [(prompt, completions) for (r, (prompt, _)), (_, (_, completions)) in pairs if r == rank]
 
     def baseline(self, mean: Tensor) -> Tensor:
+        """z0, a scalar () in nats, from the mean log-ratio () of all mismatched completions of the step."""
         return losses.kto_baseline(mean.reshape(1))
 
     def score(self, examples: Sequence[Example], lp: LogProbs, baseline: Tensor) -> Outcome:
-        """`baseline`: z0. Chosen and rejected metrics average over their own kind."""
+        """`lp`: n completions, nats; `baseline`: z0 (). Chosen and rejected metrics average over their own kind."""
         labels = torch.tensor([bool(e["label"]) for e in examples], device=lp.logps.device)
         out = losses.kto_loss(
             lp.logratios,

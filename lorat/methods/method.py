@@ -57,7 +57,10 @@ class Method:
         raise NotImplementedError
 
     def score(self, examples: Sequence[Example], lp: LogProbs, baseline: Tensor) -> Outcome:
-        """Losses and metrics of n examples from the log-probs of their completions, example by example."""
+        """Losses (n,) and metrics of n examples from the log-probs of their completions, example by example.
+
+        `lp`: of k completions an example, (n·k,) nats in the order of `group`; `baseline`: a scalar ().
+        """
         raise NotImplementedError
 
 

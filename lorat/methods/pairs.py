@@ -35,6 +35,7 @@ class Pairs(Method):
         raise NotImplementedError
 
     def score(self, examples: Sequence[Example], lp: LogProbs, baseline: Tensor) -> Outcome:
+        """`lp`: 2n completions, chosen and rejected alternating, nats -> losses (n,) and metrics of n pairs."""
         out = self.loss(lp.logratios[0::2], lp.logratios[1::2], lp)
         margins = out.chosen_rewards - out.rejected_rewards
         values = {
@@ -68,6 +69,7 @@ class DPO(Pairs):
     title: ClassVar[str] = "DPO"
 
     def loss(self, chosen: Tensor, rejected: Tensor, lp: LogProbs) -> losses.PairLoss:
+        """`losses.dpo_loss` on log-ratios (n,), nats."""
         return losses.dpo_loss(
             chosen,
             rejected,
@@ -90,6 +92,7 @@ class IPO(Pairs):
     title: ClassVar[str] = "IPO"
 
     def loss(self, chosen: Tensor, rejected: Tensor, lp: LogProbs) -> losses.PairLoss:
+        """`losses.ipo_loss` on log-ratios (n,), nats."""
         return losses.ipo_loss(
             chosen,
             rejected,
@@ -108,6 +111,7 @@ class APOZero(Pairs):
     title: ClassVar[str] = "APO-zero"
 
     def loss(self, chosen: Tensor, rejected: Tensor, lp: LogProbs) -> losses.PairLoss:
+        """`losses.apo_zero_loss` on log-ratios (n,), nats."""
         return losses.apo_zero_loss(chosen, rejected, beta=self.beta)
 
 
@@ -119,5 +123,6 @@ class HyPO(Pairs):
     title: ClassVar[str] = "HyPO"
 
     def loss(self, chosen: Tensor, rejected: Tensor, lp: LogProbs) -> losses.PairLoss:
+        """`losses.hypo_loss` on log-ratios (n,), nats, and the margins (n,) of the reference."""
         reference = (lp.logps - lp.logratios).detach()
         return losses.hypo_loss(chosen, rejected, reference[0::2] - reference[1::2], beta=self.beta)

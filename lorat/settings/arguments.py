@@ -73,18 +73,6 @@ def parse_config(argv: list[str], say: Callable[[str], None] | None = None) -> T
     return config
 
 
-def translate_trl(values: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Settings under TRL's names -> lorat's, with a note for each translation; lorat's own names pass through.
-
-    `values` holds Python values (`yaml.safe_load`, or `DPOConfig.to_dict()` without its defaults). Raises
-    `ConfigError` for a loss that lorat does not have, contradictions, and settings without effect in TRL.
-    """
-    out, notes, problems = translate(values)
-    if problems:
-        raise ConfigError(_message([text for _, text in problems]))
-    return out, notes
-
-
 def help_text(width: int | None = None) -> str:
     """What `lorat train --help` prints, `width` columns wide (default: the terminal, at most 120)."""
     from .help import render
