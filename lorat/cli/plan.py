@@ -28,22 +28,25 @@ DESCRIPTION = (
 )
 
 
-def plan(argv: list[str]) -> int:
-    """Print the prediction; returns 0 if it fits (or nothing was asked to be fitted into), 1 if not."""
-    parser = argparse.ArgumentParser(prog="lorat plan", description=DESCRIPTION, allow_abbrev=False)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = DESCRIPTION
+    parser.set_defaults(settings=[])
     parser.add_argument("--gpu-memory", "--gpu_memory", help="12GiB, say; auto: what this card has free")
     parser.add_argument("--gpu", help="a card by name, such as 4090: its memory and what it computes in")
     parser.add_argument("--longest-example", type=int, help="tokens of the data's longest example; else of max_length")
     parser.add_argument("--cuda-context", default="500MiB", help="what CUDA takes for itself (assumed: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print one JSON document and nothing else")
-    options, rest = parser.parse_known_args(argv)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print the prediction; returns 0 if it fits (or nothing was asked to be fitted into), 1 if not."""
     from ..plan.advice import advised
     from ..plan.blueprint import read_model_config
     from ..plan.card import bytes_of, card_of
     from ..plan.memory import Planner
 
     card = card_of(options.gpu) if options.gpu else None
-    config, fixed = _config(rest, card is None or card.bf16)
+    config, fixed = _config(options.settings, card is None or card.bf16)
     gpu_memory = options.gpu_memory or (None if card else config.gpu_memory)
     available = bytes_of(gpu_memory) if gpu_memory else card.memory if card else None
     if available is None and torch.cuda.is_available():

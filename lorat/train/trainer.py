@@ -24,6 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallba
 from transformers import ProgressCallback as PlainProgressCallback
 from transformers.trainer_utils import rotate_checkpoints
 
+from ..data.columns import RowSettings
 from ..data.prepare import DataReport, check_budget, extent, pack_sizes, prepare
 from ..data.tokenization import check_tokenizer
 from ..errors import CheckpointError, ConfigError
@@ -97,7 +98,7 @@ class TrustRegionTrainer(Trainer):
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
     ) -> None:
-        args = args if args is not None else TrustRegionConfig()
+        args = (args if args is not None else TrustRegionConfig()).resolved()  # the caller's is never written to
         if isinstance(model, str):
             args.model_name_or_path = model
         if args.eval_strategy != "no" and eval_dataset is None:
@@ -200,6 +201,8 @@ class TrustRegionTrainer(Trainer):
             max_prompt_length=args.max_prompt_length,
             overlong=args.overlong,
             name=name,
+            rows=RowSettings.of(vars(args)),
+            weights=(args.desirable_weight, args.undesirable_weight),
         )
         self.reports.append(report)
         return dataset

@@ -9,13 +9,14 @@ import shutil
 import signal
 import subprocess
 import sys
+from importlib import import_module
 
 import pytest
 from safetensors.torch import load_file
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-from lorat.cli.main import main
-from tests.helpers.worlds import make_pairs
+from lorat.cli.main import COMMANDS, main, usage
+from tests.helpers.worlds import ROOT, make_pairs
 
 
 @pytest.fixture
@@ -179,6 +180,25 @@ def test_help_version_and_unknown_commands(capsys):
     assert main(["trian"]) == 2 and "'trian' is not a command" in capsys.readouterr().err
     assert main(["train", "--help"]) == 0 and "sync_every" in capsys.readouterr().out
     assert main(["train"]) == 2 and "output_dir" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "lorat/cli").glob("*.py")), ids=lambda p: p.stem)
+def test_a_command_is_a_file_of_one_shape(path, capsys):
+    """Every file of the folder but the door and what commands share: listed, and run by `add_arguments` and `run`."""
+    if path.stem in ("__init__", "main", "options", "terminal"):
+        return
+    assert path.stem in COMMANDS and f"lorat {path.stem} " in usage()
+    command = import_module(f"lorat.cli.{path.stem}")
+    assert callable(command.add_arguments) and callable(command.run)
+    assert main([path.stem, "--help"]) == 0 and "--help" in capsys.readouterr().out
+    assert main([path.stem, "--no-such-option", "1"]) == 2
+    said = capsys.readouterr().err
+    assert "are required" in said or "no_such_option is not a setting" in said or "--no-such-option" in said
+    assert "Traceback" not in said
+
+
+def test_every_command_has_a_file():
+    assert all((ROOT / "lorat" / "cli" / f"{name}.py").is_file() for name in COMMANDS)
 
 
 def test_help_can_be_cut_off():

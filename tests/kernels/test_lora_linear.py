@@ -209,7 +209,7 @@ def test_offloading_and_checkpointing_options_reach_the_layers(tmp_path):
     from tests.helpers.worlds import run_config
 
     kwargs = {f"{CHECKPOINTING}_kwargs": {"offload": True}}
-    config = run_config("x", tmp_path, activation_checkpointing=True, **kwargs)
+    config = run_config("x", tmp_path, activation_checkpointing=True, **kwargs).resolved()
     assert getattr(config, f"{CHECKPOINTING}_kwargs") == {"use_reentrant": False, "offload": True}
 
 

@@ -418,7 +418,14 @@ def test_a_card_by_name(tmp_path, capsys):
     assert card_of("RTX 4090") == card_of("4090") == card_of("geforce rtx 4090")
     _, model = small(tmp_path)
     model.save_pretrained(tmp_path / "model")
-    given = ["plan", "--model_name_or_path", str(tmp_path / "model" / "config.json"), "--max_length", "100", "--json"]
+    given = [
+        "plan",
+        "--model_name_or_path",
+        str(tmp_path / "model" / "config.json"),
+        "--max_tokens_per_pack",
+        "256",
+        "--json",
+    ]
 
     def planned(*words):
         assert main([*given, *words]) == 0

@@ -14,7 +14,8 @@ from lorat.settings import arguments, coercion
 from lorat.settings.aliases import ADVICE, ALIASES, CHECKPOINTING, LOSSES
 from lorat.settings.arguments import help_text, parse_config, translate_trl, types
 from lorat.settings.coercion import coerce, describe
-from lorat.settings.config import GROUPS, TrustRegionConfig
+from lorat.settings.config import TrustRegionConfig
+from lorat.settings.table import GROUPS, METHODS
 
 BASE = "model_name_or_path: some/model\ndataset_name: pairs.jsonl\noutput_dir: out\nuse_cpu: true\n"
 
@@ -470,7 +471,7 @@ def test_translation_errors_say_where(refused):
     ],
 )
 def test_the_command_line_wins_under_either_name(parse, file, argv, expected):
-    config, _ = parse(file + "\n", *argv)
+    config = parse(file + "\n", *argv)[0].resolved()
     assert (config.sync, config.sync_alpha, config.sync_every) == expected
 
 
@@ -532,6 +533,7 @@ def test_help(width):
                 assert choice in text
     flat = " ".join(text.split())
     assert "Rank of the adapters (usual: 8 to 64). [integer; 16]" in flat
+    assert all(title in flat for title, _ in METHODS.values()) and f"[{', '.join(METHODS)}; dpo]" in flat
     assert (
         "Loss: DPO, IPO, KTO, APO-zero, or HyPO (DPO that ignores a pessimistic reference). [dpo, ipo, kto, apo_zero, hypo; dpo]"
         in flat
