@@ -74,10 +74,10 @@ def _config(argv: list[str], bf16: bool) -> tuple[TrustRegionConfig, bool]:
 
     `bf16`: whether the card that is planned for has it.
     """
-    from ..settings.arguments import REQUIRED, parse_config, types
+    from ..settings.arguments import REQUIRED, flags, parse_config
     from ..settings.sources import read_argv, read_yaml
 
-    path, line, _ = read_argv(argv, {key for key, hint in types().items() if hint in (bool, bool | None)})
+    path, line, _ = read_argv(argv, flags())
     given = (read_yaml(path) if path is not None else {}) | line
     for key in REQUIRED:
         if key != "model_name_or_path" and key not in given:

@@ -1,7 +1,7 @@
 """Can this model compute packs exactly? Asked of the loaded model at start-up, in a few forward passes of 40 tokens.
 
 A model that drops the layout, computes positions of its own or mixes tokens elsewhere than in attention would train on
-wrong numbers without a sign. It is found here, by its own log-probs, and trained on one padded row a completion.
+wrong numbers silently. It is found here, by its own log-probs, and trained on one padded row a completion.
 
 Checks: the configuration (a decoder whose layers attend fully or in a window); every attention layer was called with
 the layout; changing one completion's tokens leaves its sibling's log-probs bit for bit as they are (to rounding, where

@@ -102,6 +102,8 @@ def _restore_(model: PreTrainedModel, before: dict[str, str | None]) -> None:
 
 @lru_cache
 def _interface(plain: str) -> Callable[..., tuple[Tensor, Any]]:
+    """For `AttentionInterface`: `query` (B, H, T, d), `key`, `value` (B, Hkv, T, d) -> (B, T, H, d), weights or None."""
+
     def attention(module, query, key, value, attention_mask, *args, **kwargs):
         layout = kwargs.pop(KEYWORD, None)
         if layout is not None:
@@ -181,11 +183,13 @@ class Gather(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, layout: Layout) -> Tensor:
+        """(T, H, d) -> (Tk, H, d): each sequence's keys beside each other, a shared prompt as often as it is read."""
         ctx.layout = layout
         return x.index_select(0, layout.gather)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        """(Tk, H, d) -> (T, H, d): a prompt's gradients from all its readers, added in the order of the layout."""
         (g,) = grads
         out = g.index_select(0, ctx.layout.own)
         for rows, places in ctx.layout.again:  # rows are unique: no two additions meet, and the order is ours
@@ -213,7 +217,10 @@ def _one_sequence(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
 
 
 def varlen_backend(q: Tensor, v: Tensor, window: int | None) -> Callable[..., Tensor] | None:
-    """One FlashAttention call for all sequences, or None where card, type, head size or version have none."""
+    """One FlashAttention call for all sequences, or None where card, type, head size or version have none.
+
+    `q`: (T, H, d), `v`: (Tk, Hkv, dv), in the computing type; `window`: tokens, or None.
+    """
     if q.device.type != "cuda" or q.dtype not in (torch.bfloat16, torch.float16):
         return None
     if q.shape[-1] != v.shape[-1] or q.shape[-1] > 256 or q.shape[-1] % 8:
@@ -241,17 +248,17 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float, windo
     from torch.nn.attention.varlen import varlen_attn
 
     accepted = _varlen_parameters()
-    how: dict[str, Any] = {"is_causal": True}
+    kwargs: dict[str, Any] = {"is_causal": True}
     if "window_size" in accepted:
-        how = {"window_size": (-1, 0) if window is None else (window - 1, 0)}
+        kwargs = {"window_size": (-1, 0) if window is None else (window - 1, 0)}
     if q.shape[1] != k.shape[1]:
         if "enable_gqa" in accepted:
-            how["enable_gqa"] = True
+            kwargs["enable_gqa"] = True
         else:
             k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     if "scale" in accepted:
-        how["scale"] = scale
+        kwargs["scale"] = scale
     else:
         q = q * (scale * q.shape[-1] ** 0.5)
-    out: Any = varlen_attn(q, k, v, layout.cu_queries, layout.cu_keys, max(layout.queries), max(layout.keys), **how)
+    out: Any = varlen_attn(q, k, v, layout.cu_queries, layout.cu_keys, max(layout.queries), max(layout.keys), **kwargs)
     return out

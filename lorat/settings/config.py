@@ -15,6 +15,7 @@ import torch
 from transformers import TrainingArguments
 from transformers.trainer_pt_utils import AcceleratorConfig
 
+from ..methods import METHODS
 from ..reference import Adaptive, Frozen, Hard, Soft, Space, UpdateRule, preset
 from .inherited import CHECKPOINTING
 from .table import DEFAULTS, OWN, RECORDED, SYNC
@@ -238,7 +239,7 @@ class TrustRegionConfig(TrainingArguments):
             ref_rank=c.ref_rank,
             half=torch.bfloat16 if c.bf16 else torch.float16 if c.fp16 else None,
             checkpointing=c.checkpointing,
-            checkpointing_kwargs=getattr(self, f"{CHECKPOINTING}_kwargs") or {},
+            checkpointing_kwargs=getattr(c, f"{CHECKPOINTING}_kwargs"),
             checkpointing_setting=CHECKPOINTING,
             optimiser=str(getattr(c.optim, "value", c.optim)),
             optimiser_args=c.optim_args,

@@ -28,6 +28,7 @@ from ..data.columns import RowSettings
 from ..data.prepare import DataReport, check_budget, extent, pack_sizes, prepare
 from ..data.tokenization import check_tokenizer
 from ..errors import CheckpointError, ConfigError
+from ..files import put_json
 from ..methods import METHODS, Method
 from ..model.adapters import attach, load_adapter_, train_policy_only_
 from ..model.base import Facts, check_fit, load_base, load_tokenizer
@@ -362,7 +363,7 @@ class TrustRegionTrainer(Trainer):
             try:
                 super()._save_checkpoint(model, trial)
                 if owner:
-                    ck.write_json(staged / ck.STATE, state)
+                    put_json(staged / ck.STATE, state)
                     if self.state.best_model_checkpoint:
                         best = Path(self.state.best_model_checkpoint).name
                         self.state.best_model_checkpoint = str(folder.path / best)

@@ -319,7 +319,7 @@ def test_what_attention_cannot_express_is_refused():
 
 
 def test_a_model_that_was_not_told_of_layouts_is_refused():
-    """It would drop the keyword, and every number would be wrong without a sign."""
+    """It would drop the keyword, and every number would silently be wrong."""
     policy = adapted(make("Llama", SHARED["Llama"]))
     with pytest.raises(ModelError, match="install"):
         Models(policy).tokens(share_prompts(draw_groups()))

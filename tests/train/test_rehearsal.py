@@ -143,7 +143,7 @@ def test_embeddings_in_few_bits(neox, tmp_path, kind, error):
 def test_a_run_is_loaded_again_with_its_embeddings_as_they_were(neox, tmp_path):
     """By `lorat eval` and `generate`, and by `lorat merge`, whose model is what was trained."""
     from lorat.measure.lineup import load
-    from lorat.runs.folder import find
+    from lorat.runs.folder import models_of
     from lorat.runs.merge import merge
 
     trainer = trainer_for(neox, tmp_path / "run", make_pairs(4), quantize_embeddings="8bit")
@@ -151,7 +151,7 @@ def test_a_run_is_loaded_again_with_its_embeddings_as_they_were(neox, tmp_path):
     trainer.save_model()
     ids = torch.arange(9)
     trained = trainer.model.get_base_model().get_input_embeddings()(ids)
-    lineup = load(find(str(tmp_path / "run")), cpu=True)
+    lineup = load(models_of(str(tmp_path / "run")), cpu=True)
     assert torch.equal(lineup.model.get_base_model().get_input_embeddings()(ids), trained)
     assert merge(str(tmp_path / "run"), str(tmp_path / "merged")).folded.largest < 1e-4
 
