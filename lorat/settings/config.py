@@ -229,7 +229,6 @@ class TrustRegionConfig(TrainingArguments):
 
     def workload(self) -> Workload:
         """What a training step takes memory for."""
-        from ..methods import METHODS
         from ..plan.workload import Workload
 
         c = self.resolved()
