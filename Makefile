@@ -16,8 +16,8 @@ test:
 
 lint:
 	@scripts/setup-venv.sh dev
-	@$(VENV)/bin/ruff check lorat kernels tests benchmarks
-	@$(VENV)/bin/ruff format --check lorat kernels tests benchmarks
+	@$(VENV)/bin/ruff check lorat kernels tests benchmarks examples
+	@$(VENV)/bin/ruff format --check lorat kernels tests benchmarks examples
 	@$(VENV)/bin/mypy
 
 clean:

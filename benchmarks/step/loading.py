@@ -83,7 +83,7 @@ def load(folder: str, device: str, quantised_mb: float) -> dict[str, Any]:
     gc.collect()
     before = status()
     with Watch() as watch:
-        model = load_base(config)
+        model = load_base(config.base())
     gc.collect()
     after = status()
     grown = {k: watch.most[k] - before[k] for k in FIELDS}

@@ -115,7 +115,7 @@ def make_world(recipe: Recipe, folder: Path, seed: int) -> dict[str, float]:
         return dict(json.loads((folder / "world.json").read_text()))
     toy.make_sft_model(tokenizer, seed, steps=recipe.sft_steps).save_pretrained(folder / "sft")
     tokenizer.save_pretrained(folder / "sft")
-    base = load_base(config_of(recipe, folder))
+    base = load_base(config_of(recipe, folder).base())
     pairs = toy.preference_pairs(base, tokenizer, recipe.steps * recipe.batch, seed=seed + 1, temperature=recipe.noise)
     (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     found = measure(base, None, tokenizer, recipe.samples, seed)

@@ -9,21 +9,20 @@ import time
 from pathlib import Path
 
 from ..errors import ConfigError
-from .options import common, going_on, loaded, progress_bars, result_path, terminal
+from .options import add_run, lineup_of, result_path
+from .terminal import going_on, progress_bars, terminal
 
 
-def generate(argv: list[str]) -> int:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     from ..data.prompts import CHAT, KINDS
     from ..measure.samples import FORMATS
 
-    parser = argparse.ArgumentParser(
-        prog="lorat generate",
-        description="Answer prompts with the policy, or with another model of a run. A killed run goes on when the same "
-        "command is run again.",
-        epilog=KINDS,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser.description = (
+        "Answer prompts with the policy, or with another model of a run. A killed run goes on when the same command is "
+        "run again."
     )
-    common(parser)
+    parser.epilog, parser.formatter_class = KINDS, argparse.RawDescriptionHelpFormatter
+    add_run(parser)
     add = parser.add_argument
     add("--prompts", required=True, help="file, folder or hub id (see below)")
     add("--split", default="train", help="split of a dataset; slices work (default: train)")
@@ -54,7 +53,9 @@ def generate(argv: list[str]) -> int:
         help="use of the chat template (default: auto: messages and users' turns)",
     )
     add("--template", help=r"text around a prompt without chat template, e.g. 'Human: {prompt}\n\nAssistant:'")
-    o = parser.parse_args(argv)
+
+
+def run(o: argparse.Namespace) -> int:
     if o.samples < 1 or (o.greedy and o.samples > 1):
         raise ConfigError(
             f"--samples {o.samples} cannot be: at least 1, and with --greedy only 1, as all would be equal."
@@ -74,7 +75,7 @@ def generate(argv: list[str]) -> int:
     prompts = read_prompts(o.prompts, o.split, o.subset)
     check_format(o.format, prompts, o.samples)
 
-    lineup = loaded(found, o)
+    lineup = lineup_of(found, o)
     template = o.template.replace("\\n", "\n") if o.template else None
     ids, how, notes = fit(lineup, encode_prompts(prompts, lineup.tokenizer, o.chat, template), sampling)
     check_fit(lineup.model.get_base_model(), max(map(max, ids)), max(map(len, ids)))
@@ -99,6 +100,6 @@ def generate(argv: list[str]) -> int:
     if cut := sum(not a.ended for a in answers):
         notes.append(f"{cut} of {len(answers)} answers were cut at {how.max_new_tokens} tokens.")
     for note in notes:
-        console.print(f"• {note}", soft_wrap=True)
-    console.print(f"{len(answers)} answers of the {who} to {len(prompts)} prompts: {out}", soft_wrap=True)
+        console.print(f"• {note}", soft_wrap=True, markup=False)
+    console.print(f"{len(answers)} answers of the {who} to {len(prompts)} prompts: {out}", soft_wrap=True, markup=False)
     return 0

@@ -1,4 +1,4 @@
-"""`lorat judge` and `lorat report` as a person types them: options, tables, files written."""
+"""`lorat judge`: a win rate from two files of answers and a judge, as a table and as JSON."""
 
 from __future__ import annotations
 
@@ -10,13 +10,44 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, DataError
+from ..files import write_whole
+from .options import positive
 
+CACHE = "judge-cache.jsonl"
 DEFAULT_URL = "https://api.openai.com/v1"
 
 
-def judge(argv: list[str]) -> int:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    from ..judge.prompts import tasks
+
+    parser.description = "Let a language model compare two files of answers."
+    add = parser.add_argument
+    add(
+        "a",
+        metavar="A",
+        help="FILE, or FILE:MODEL where rows name models; prompt and output in JSON Lines or a JSON list",
+    )
+    add("b", metavar="B", help="the same prompts, answered by the model to compare with")
+    add("--model", required=True, help="the judge, as its server calls it")
+    add("--base-url", help=f"an OpenAI-compatible server (default: OPENAI_BASE_URL, else {DEFAULT_URL})")
+    add("--task", choices=tasks(), default="dialogue", help="which prompt (default: dialogue)")
+    add("--prompt", metavar="FILE", help="a prompt of your own with {prompt}, {a} and {b}, instead of --task")
+    add("--out", metavar="FILE", help="write the numbers and every verdict as JSON")
+    add("--cache", metavar="FILE", help=f"answers so far (default: {CACHE} beside --out, else in this folder)")
+    add("--limit", type=positive, metavar="N", help="the first N prompts alone")
+    add("--concurrency", type=positive, default=8, help="questions under way at a time (default: 8)")
+    add("--retries", type=int, default=5, help="of one question, with growing pauses (default: 5)")
+    add("--timeout", type=float, default=120, help="seconds for one answer (default: 120)")
+    add("--max-tokens", type=positive, default=512, help="length of a judge's answer (default: 512)")
+    add("--temperature", type=float, default=0.0, help="of the judge (default: 0)")
+    add("--request", metavar="JSON", default="{}", help="more fields of the request; null leaves one of ours out")
+    add("--price-in", type=float, metavar="X", help="price of a million tokens that the judge reads")
+    add("--price-out", type=float, metavar="X", help="and of a million that it writes")
+    add("--seed", type=int, default=0, help="of the bootstrap (default: 0)")
+
+
+def run(options: argparse.Namespace) -> int:
     """Compare two files of answers; prints a table, writes JSON with --out."""
-    options = _judge_parser().parse_args(argv)
     from rich.console import Console
     from rich.progress import Progress
 
@@ -38,7 +69,7 @@ def judge(argv: list[str]) -> int:
     out, stderr = options.out and Path(options.out), Console(stderr=True, highlight=False, soft_wrap=True)
     if out and not out.parent.is_dir():  # before anything is paid for
         raise ConfigError(f"--out {str(out)!r}: there is no folder {str(out.parent)!r}; make it, or name another.")
-    cache = Cache(Path(options.cache))
+    cache = Cache(Path(options.cache) if options.cache else (out.parent if out else Path()) / CACHE)
     if cache.skipped:
         stderr.print(f"{cache.path}: {cache.skipped} lines could not be read and count as not asked.", markup=False)
     try:
@@ -55,7 +86,7 @@ def judge(argv: list[str]) -> int:
             )
     except KeyboardInterrupt:
         print(
-            f"lorat: interrupted; {len(cache.replies)} answers are in {options.cache}. The same command goes on.",
+            f"lorat: interrupted; {len(cache.replies)} answers are in {cache.path}. The same command goes on.",
             file=sys.stderr,
         )
         return 130
@@ -64,67 +95,9 @@ def judge(argv: list[str]) -> int:
     result = {"a": names[0], "b": names[1], **result}
     _show(result)
     if out:
-        out.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8", errors="replace")
+        write_whole(out, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
         print(f"Every verdict is in {out}.")
     return 0
-
-
-def report(argv: list[str]) -> int:
-    """Write one HTML file about one or more runs."""
-    parser = argparse.ArgumentParser(prog="lorat report", description="One self-contained HTML file about runs.")
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="output folder of a run, finished or not")
-    parser.add_argument("--out", default="report.html", help="the file to write (default: report.html)")
-    parser.add_argument(
-        "--samples",
-        nargs="+",
-        metavar="FILE",
-        default=[],
-        help="answers to show side by side, beside *samples*.jsonl in the runs",
-    )
-    parser.add_argument("--rows", type=_positive, default=12, help="prompts to show (default: 12)")
-    parser.add_argument("--title", help="the page's heading (default: the runs' names)")
-    options = parser.parse_args(argv)
-    from ..report.page import write_report
-
-    path = write_report(options.runs, options.out, options.samples, options.rows, options.title)
-    print(f"{path} ({path.stat().st_size / 1024:.0f} KiB) opens in any browser, without a network.")
-    return 0
-
-
-def _judge_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="lorat judge", description="Let a language model compare two files of answers."
-    )
-    add = parser.add_argument
-    add(
-        "a",
-        metavar="A",
-        help="FILE, or FILE:MODEL where rows name models; prompt and output in JSON Lines or a JSON list",
-    )
-    add("b", metavar="B", help="the same prompts, answered by the model to compare with")
-    add("--model", required=True, help="the judge, as its server calls it")
-    add("--base-url", help=f"an OpenAI-compatible server (default: OPENAI_BASE_URL, else {DEFAULT_URL})")
-    add("--task", choices=("dialogue", "summarisation"), default="dialogue", help="which prompt (default: dialogue)")
-    add("--prompt", metavar="FILE", help="a prompt of your own with {prompt}, {a} and {b}, instead of --task")
-    add("--out", metavar="FILE", help="write the numbers and every verdict as JSON")
-    add("--cache", metavar="FILE", default="judge-cache.jsonl", help="answers so far (default: judge-cache.jsonl)")
-    add("--limit", type=_positive, metavar="N", help="the first N prompts alone")
-    add("--concurrency", type=_positive, default=8, help="questions under way at a time (default: 8)")
-    add("--retries", type=int, default=5, help="of one question, with growing pauses (default: 5)")
-    add("--timeout", type=float, default=120, help="seconds for one answer (default: 120)")
-    add("--max-tokens", type=_positive, default=512, help="length of a judge's answer (default: 512)")
-    add("--temperature", type=float, default=0.0, help="of the judge (default: 0)")
-    add("--request", metavar="JSON", default="{}", help="more fields of the request; null leaves one of ours out")
-    add("--price-in", type=float, metavar="X", help="price of a million tokens that the judge reads")
-    add("--price-out", type=float, metavar="X", help="and of a million that it writes")
-    add("--seed", type=int, default=0, help="of the bootstrap (default: 0)")
-    return parser
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return int(text)
 
 
 def _request(text: str) -> dict[str, Any]:
@@ -155,12 +128,16 @@ def _show(result: dict[str, Any]) -> None:
     from rich.markup import escape
     from rich.table import Table
 
+    from ..judge.verdicts import thin
+
     def percent(rate: dict[str, Any] | None) -> str:
         if rate is None:
             return "not known: every answer is longer by the same"
-        return f"{rate['value']:.1%}  ({rate['low']:.1%} to {rate['high']:.1%})"
+        return (
+            f"{rate['value']:.1%}  ({rate['low']:.1%} to {rate['high']:.1%}){thin(result['judged'], result['pairs'])}"
+        )
 
-    console = Console(highlight=False)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 100)  # a row stays in its line
     title = f"{result['a']} against {result['b']}, judged by {result['judge']['model']}"
     table = Table(title=escape(title), title_justify="left", show_header=False)
     table.add_row("win rate, 95 % interval", percent(result["win_rate"]))
@@ -177,7 +154,7 @@ def _show(result: dict[str, Any]) -> None:
         f"{result['unreadable']}, of which {result['cut_off']} answers cut off" if result["unreadable"] else "0",
     )
     table.add_row(
-        "pairs left out", f"{result['left_out']} of {result['pairs']} ({result['refused']} requests turned down)"
+        "pairs left out", f"{result['left_out']} of {result['pairs']} ({result['refused']} requests not answered)"
     )
     console.print(table)
     console.print(escape(cost_line(result["cost"])), soft_wrap=True)

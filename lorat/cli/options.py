@@ -1,24 +1,22 @@
-"""What the commands that read a run have in common: options, where a result goes, loading, progress, stopping."""
+"""Options that several commands take, and what they mean: a run and how it is loaded, where a result goes."""
 
 from __future__ import annotations
 
 import argparse
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
+    from ..data.columns import RowSettings
     from ..measure.lineup import Lineup
     from ..runs.folder import Found
 
 
-def common(parser: argparse.ArgumentParser) -> None:
+def add_run(parser: argparse.ArgumentParser) -> None:
     """RUN, and a group of options about how it is loaded and the work divided."""
     run = "output folder or checkpoint of a run, or any PEFT LoRA adapter (folder or hub id)"
     parser.add_argument("run", metavar="RUN", help=run)
@@ -39,6 +37,31 @@ def common(parser: argparse.ArgumentParser) -> None:
     add("--trust-remote-code", action="store_true", help="run Python code that comes with the base")
 
 
+def add_row_options(parser: argparse.ArgumentParser) -> None:
+    """The options about how rows are read, where they are not read as in training."""
+    help = "which column is which, if not as in training: prompt=question,chosen=good …"
+    parser.add_argument("--columns", type=_mapping, metavar="PART=COLUMN,…", help=help)
+    help = "texts as messages (chat), or messages as Human:/Assistant: text (text), if not as in training"
+    parser.add_argument("--dialogues", choices=("chat", "text"), help=help)
+
+
+def _mapping(text: str) -> dict[str, str | None]:
+    from ..settings.coercion import mapping
+
+    try:
+        return mapping(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is {error}") from error
+
+
+def row_settings(o: argparse.Namespace, settings: Mapping[str, Any]) -> RowSettings:
+    """How rows are read: as the options say, else as in training."""
+    from ..data.columns import RowSettings
+
+    given = {key: value for key, value in (("columns", o.columns), ("dialogues", o.dialogues)) if value is not None}
+    return RowSettings.of({**settings, **given})
+
+
 def result_path(given: str | None, default: Path | None, overwrite: bool) -> Path:
     """Where the result goes; raises `CheckpointError` where something lies there."""
     path = Path(given) if given else default
@@ -51,64 +74,20 @@ def result_path(given: str | None, default: Path | None, overwrite: bool) -> Pat
     return path
 
 
-def terminal() -> Console:
-    from rich.console import Console
-
-    return Console(highlight=False)
-
-
-def loaded(found: Found, o: argparse.Namespace) -> Lineup:
+def lineup_of(found: Found, o: argparse.Namespace) -> Lineup:
     """The run's models on their base, as the options say."""
     from rich.console import Console
 
     from ..measure.lineup import load
 
-    how: dict[str, Any] = dict(base_model=o.base_model, dtype=o.dtype, cpu=o.cpu, trust_remote_code=o.trust_remote_code)
+    kwargs: dict[str, Any] = {k: getattr(o, k) for k in ("base_model", "dtype", "cpu", "trust_remote_code")}
     console = Console(stderr=True)
     with console.status("Loading the base and its adapters …") if console.is_terminal else nullcontext():
-        return load(found, in_4bit=False if o.no_4bit else None, **how)
+        return load(found, in_4bit=False if o.no_4bit else None, **kwargs)
 
 
-@contextmanager
-def going_on() -> Iterator[None]:
-    """Say how to go on after Ctrl-C, and what to set where the GPU's memory does not do."""
-    import torch
-
-    try:
-        yield
-    except KeyboardInterrupt:
-        print("\nStopped. What was finished is kept; run the same command again to go on.", file=sys.stderr)
-        raise
-    except torch.cuda.OutOfMemoryError as error:
-        raise ConfigError(
-            f"out of GPU memory ({str(error).splitlines()[0]}). Lower --batch-size, --max-new-tokens or "
-            "--max-tokens-per-pack, and give --overwrite once, since what was finished belongs to the old ones."
-        ) from error
-
-
-@contextmanager
-def progress_bars() -> Iterator[Callable[[str, int], Callable[[int], None]]]:
-    """Inside, `progress(what, total)` opens a bar on stderr (else a line) and gives what moves it."""
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = ("[bold]{task.description}", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), "left")
-    shown = [TextColumn(c) if isinstance(c, str) else c for c in columns]
-    console = Console(stderr=True)
-    plain = not console.is_terminal
-    with Progress(*shown, TimeRemainingColumn(), console=console, transient=True, disable=plain) as bars:
-
-        def opened(what: str, total: int) -> Callable[[int], None]:
-            if plain:
-                console.print(f"{what}: {total:,} …", soft_wrap=True, highlight=False)
-            task = bars.add_task(what, total=total)
-            return lambda n: bars.update(task, advance=n)
-
-        yield opened
+def positive(text: str) -> int:
+    """A whole number of at least 1, as argparse takes types."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)

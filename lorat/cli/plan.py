@@ -28,15 +28,18 @@ DESCRIPTION = (
 )
 
 
-def plan(argv: list[str]) -> int:
-    """Print the prediction; returns 0 if it fits (or nothing was asked to be fitted into), 1 if not."""
-    parser = argparse.ArgumentParser(prog="lorat plan", description=DESCRIPTION, allow_abbrev=False)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = DESCRIPTION
+    parser.set_defaults(settings=[])
     parser.add_argument("--gpu-memory", "--gpu_memory", help="12GiB, say; auto: what this card has free")
     parser.add_argument("--longest-example", type=int, help="tokens of the data's longest example; else of max_length")
     parser.add_argument("--cuda-context", default="500MiB", help="what CUDA takes for itself (assumed: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print one JSON document and nothing else")
-    options, rest = parser.parse_known_args(argv)
-    config, fixed = _config(rest)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print the prediction; returns 0 if it fits (or nothing was asked to be fitted into), 1 if not."""
+    config, fixed = _config(options.settings)
     from ..plan.blueprint import read_model_config
     from ..plan.fitting import advised, bytes_of, largest
     from ..plan.memory import Planner

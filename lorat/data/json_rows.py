@@ -208,10 +208,15 @@ def _spread(path: Path, shown: str) -> Iterator[tuple[str, int, Any]]:
         number += 1
 
 
+def _are_turns(rows: Any) -> bool:
+    """Whether a list of objects is a conversation, which one row may hold."""
+    return all(isinstance(turn, dict) and {"content", "value"} & set(turn) for turn in rows)
+
+
 def _no_rows(only: Row, path: Path, shown: str) -> str | None:
     """Why a file of one object is no table of rows, and what makes it one; `None` where it is one row."""
     kinds = {key: _kind(value) for key, value in only.items()}
-    tables = [key for key, kind in kinds.items() if kind == "rows"]
+    tables = [key for key, kind in kinds.items() if kind == "rows" and not _are_turns(only[key])]
     columns, sizes = set(kinds.values()), {len(v) for v in only.values() if isinstance(v, list | dict)}
     what = take = ""
     if {"columns", "data"} <= set(only) and isinstance(only["data"], list):

@@ -16,7 +16,9 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import DataError, LoratError, ModelError
-from .formats import canonical_text, detect, kind
+from .canonical import canonical_text
+from .formats import detect
+from .messages import kind
 from .reading import load_preference_data
 from .tokenization import adds_bos
 

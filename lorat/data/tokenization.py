@@ -14,7 +14,8 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import ModelError
-from .formats import common_prefix
+from .dialogues import common_prefix
+from .templates import Template
 
 COMPLETIONS = ("chosen", "rejected", "completion")
 
@@ -61,11 +62,12 @@ def strip_eos(text: str, eos: str) -> str:
     return text
 
 
-def render(example: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[str]] | str:
+def render(
+    example: dict[str, Any], tokenizer: PreTrainedTokenizerBase, template: Template | None = None
+) -> tuple[str, list[str]] | str:
     """Prompt text, and per completion the text of prompt + completion without its final EOS; or a reason (`str`).
 
-    Messages go through the tokenizer's chat template. Where the template writes the prompt differently once an
-    answer follows, the prompt is what all texts have in common. Raises `ModelError` without a chat template.
+    Messages go through the tokenizer's chat template (`templates.py`). Raises `ModelError` without a chat template.
     """
     prompt, completions = example["prompt"], [example[key] for key in COMPLETIONS if key in example]
     if _blank(prompt, tokenizer):
@@ -74,33 +76,31 @@ def render(example: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> tuple
         return "empty completion"
     if isinstance(prompt, str):
         return prompt, [prompt + strip_eos(completion, tokenizer.eos_token) for completion in completions]
-    if not tokenizer.chat_template:
-        raise ModelError(
-            "the data is conversational (lists of messages), but the tokenizer has no chat template, so nothing says "
-            "how messages become text; use the tokenizer of an instruction-tuned model, set tokenizer.chat_template, "
-            "or give plain strings as prompt, chosen and rejected."
-        )
-    try:
-        text = str(tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True))
-        full = [str(tokenizer.apply_chat_template(prompt + c, tokenize=False)) for c in completions]
-    except Exception as error:  # a template is a program: it may raise anything, e.g. that roles must alternate
-        return f"the chat template refuses the messages ({error})"
-    full = [strip_eos(f, tokenizer.eos_token) for f in full]
-    return text[: common_prefix(text, *full)], full
+    rendered = (template or Template(tokenizer)).render(
+        prompt, completions, example.get("tools"), example.get("chat_template_kwargs")
+    )
+    if isinstance(rendered, str):
+        return rendered
+    return rendered[0], [strip_eos(text, tokenizer.eos_token) for text in rendered[1]]
 
 
-def _blank(part: str | list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> bool:
+def _blank(part: str | list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> bool:
+    if not isinstance(part, str) and any(message.get("tool_calls") for message in part):
+        return False
     texts = [part] if isinstance(part, str) else [message["content"] for message in part]
     return not any(strip_eos(text, tokenizer.eos_token).strip() for text in texts)
 
 
-def encode(examples: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> list[Tokens | str]:
+def encode(
+    examples: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, template: Template | None = None
+) -> list[Tokens | str]:
     """Canonical examples as untruncated `Tokens`, in order; a reason (`str`) for one that cannot be used.
 
     BOS is added in front of plain text exactly when the tokenizer would add it and the text does not start with it.
     Conversations start as the chat template writes them, as they do when the model is served.
     """
-    rendered = [render(example, tokenizer) for example in examples]
+    template = template or Template(tokenizer)
+    rendered = [render(example, tokenizer, template) for example in examples]
     texts = [text for item in rendered if not isinstance(item, str) for text in (item[0], *item[1])]
     options = {"add_special_tokens": False, "return_attention_mask": False, "return_token_type_ids": False}
     ids = iter(tokenizer(texts, verbose=False, **options).input_ids if texts else [])

@@ -76,7 +76,7 @@ def _run(out: Path, seed: int, pairs: int) -> dict[str, Row]:
     console.print(f"SFT model: {sum(p.numel() for p in sft.parameters()):,} parameters, saved to {out / 'sft'}")
 
     config = _config(out / "sft", out / "none", seed, sync="frozen")
-    base = load_base(config)
+    base = load_base(config.base())
     count = sum(p.numel() * p.element_size() for p in base.parameters() if p.dtype == torch.uint8)
     console.print(
         f"Loaded back in 4-bit NF4 (bitsandbytes): {count / 1024:.0f} KiB for the {2 * count:,} weights of its layers"

@@ -20,6 +20,8 @@ from urllib.parse import urlsplit
 
 from ..errors import ConfigError, LoratError, first_line
 
+REFUSALS = (400, 413, 422)  # of this request alone: too long, filtered, a field that the server does not know
+
 
 class JudgeError(LoratError, RuntimeError):
     """A judge that could not be asked, or does not answer as a chat endpoint does."""
@@ -64,7 +66,10 @@ class Reply:
 
 @dataclass
 class Asked:
-    """`replies` by key; `new`: the keys that this run asked; `refused`: the server's words for requests it turned down."""
+    """`replies` by key; `new`: the keys that this run asked; `refused`: why a request has no reply.
+
+    The server turned it down as such, or its answer is no chat completion. Neither is kept: another run asks again.
+    """
 
     replies: dict[str, Reply]
     new: set[str] = field(default_factory=set)
@@ -113,7 +118,8 @@ def ask(
     """Ask every text that the cache does not answer, each once; returns the texts' keys in order, and what was answered.
 
     Stops, with all answers so far in the cache, at the first error that retries did not cure (`JudgeError`). A request
-    that the server turns down as such (400, 413, 422: too long, filtered) is recorded, and the others go on.
+    that the server turns down as such (400, 413, 422: too long, filtered), or answers with what is no chat completion
+    (no choices, say), is recorded and the others go on, unless the first five all end so.
     """
     bodies = [endpoint.body(text) for text in texts]
     keys = [endpoint.key(body) for body in bodies]
@@ -136,32 +142,39 @@ async def _ask_all(endpoint: Endpoint, missing: dict[str, Any], cache: Cache, as
     def plain(error: BaseException) -> str:
         return first_line(error).replace(key, "***") if key != "none" else first_line(error)
 
+    def refuse(name: str, why: str, advice: str) -> None:
+        asked.refused[name] = why
+        if len(asked.refused) >= 5 and not asked.new:
+            failure.append(f"not one of the first five requests was answered: {why}. {advice}")
+
+    async def one(client: Any, name: str, body: dict[str, Any]) -> None:
+        tried = f"{endpoint.retries} retries included"
+        try:
+            reply = _reply(await client.post("/chat/completions", body=body, cast_to=object))
+        except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
+            failure.append(f"{plain(error)}. Set the environment variable OPENAI_API_KEY to a key that it takes")
+        except openai.NotFoundError as error:
+            failure.append(f"{plain(error)}. Look at --model and --base-url (which mostly ends in /v1)")
+        except openai.APIStatusError as error:
+            if error.status_code in REFUSALS:
+                refuse(name, plain(error), "See --request")
+            else:
+                failure.append(f"{plain(error)}, {tried}. Lower --concurrency, or wait")
+        except openai.APIError as error:
+            failure.append(f"{plain(error)}, {tried}. Is it up, and is --base-url right?")
+        except ValueError as error:  # also where it calls something JSON that is none
+            refuse(name, f"no chat completion: {plain(error)}", "Look at --base-url (which mostly ends in /v1)")
+        else:
+            cache.add(name, reply)
+            asked.new.add(name)
+
     async def work(client: Any) -> None:
         for name, body in waiting:  # shared: each worker takes the next one
             if failure:
                 return
             try:
-                raw = await client.post("/chat/completions", body=body, cast_to=object)
-                cache.add(name, _reply(raw))
-                asked.new.add(name)
-            except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
-                asked.refused[name] = plain(error)
-                if len(asked.refused) >= 5 and not asked.new:
-                    failure.append(f"it turned down the first five requests: {plain(error)}. See --request")
-            except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
-                failure.append(f"{plain(error)}. Set the environment variable OPENAI_API_KEY to a key that it takes")
-            except openai.NotFoundError as error:
-                failure.append(f"{plain(error)}. Look at --model and --base-url (which mostly ends in /v1)")
-            except openai.APIStatusError as error:
-                if error.status_code == 413:
-                    asked.refused[name] = plain(error)
-                    continue
-                failure.append(f"{plain(error)}, {endpoint.retries} retries included. Lower --concurrency, or wait")
-            except openai.APIError as error:
-                failure.append(
-                    f"{plain(error)}, {endpoint.retries} retries included. Is it up, and is --base-url right?"
-                )
-            except (LoratError, ValueError) as error:  # ValueError: it calls something JSON that is none
+                await one(client, name, body)
+            except JudgeError as error:  # the cache cannot be written
                 failure.append(plain(error))
             progress(len(asked.new) + len(asked.refused), len(missing))
 
@@ -176,7 +189,7 @@ async def _ask_all(endpoint: Endpoint, missing: dict[str, Any], cache: Cache, as
 
 
 def _reply(raw: Any) -> Reply:
-    """What counts of a chat completion's JSON. Raises `JudgeError` if it is none."""
+    """What counts of a chat completion's JSON. Raises `ValueError` if it is none, or has no choices."""
     try:
         choice, usage = raw["choices"][0], raw.get("usage") or {}
         text = choice["message"].get("content") or ""
@@ -184,8 +197,6 @@ def _reply(raw: Any) -> Reply:
         if not isinstance(text, str):
             raise TypeError
     except (TypeError, KeyError, IndexError, AttributeError) as error:
-        raise JudgeError(
-            f"its answer is no chat completion: {str(raw)[:100]!r}. Look at --base-url (which mostly ends in /v1)"
-        ) from error
+        raise ValueError(repr(str(raw)[:100])) from error
     tokens_in, tokens_out = (c if isinstance(c, int) else None for c in counts)
     return Reply(text, tokens_in, tokens_out, choice.get("finish_reason") == "length")

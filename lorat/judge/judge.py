@@ -107,7 +107,8 @@ def _plain(rate: Rate | None) -> dict[str, Any] | None:
 
 def _nothing(asked: Asked, keys: list[str]) -> str:
     if asked.refused:
-        return f"the judge turned down {len(asked.refused)} requests and none is left to count: {next(iter(asked.refused.values()))}."
+        why = next(iter(asked.refused.values()))
+        return f"the judge did not answer {len(asked.refused)} requests, and no pair is left to count: {why}."
     example = next(asked.replies[k] for k in keys)
     advice = "it was cut off: raise --max-tokens" if example.cut else "have it end with a line such as Verdict: A"
     return (

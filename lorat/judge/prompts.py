@@ -14,7 +14,6 @@ from ..errors import ConfigError
 from .verdicts import Verdict
 
 FOLDER = Path(__file__).parent / "judging"
-TASKS = ("dialogue", "summarisation")
 SLOTS = ("{prompt}", "{a}", "{b}")
 
 _NOUN = r"(?:(?:summary|response|answer|assistant|model|option)[\s_]*)?"
@@ -30,6 +29,11 @@ _VALUE = re.compile(
 )
 _BRACKETS = re.compile(r"\[\[(A|B|C|tie)\]\]", re.IGNORECASE)
 _BARE = re.compile(rf"^[\W_]*{_NOUN}(A|B|tie)[\W_]*$", re.IGNORECASE)
+
+
+def tasks() -> list[str]:
+    """The tasks that lorat has a prompt for."""
+    return sorted(path.stem for path in FOLDER.glob("*.txt"))
 
 
 def load_prompt(task: str, file: str | None = None) -> str:

@@ -15,6 +15,7 @@ import numpy as np
 
 Verdict = Literal["A", "B", "tie"]  # of the two answers as they were shown
 SCORES: dict[str, float] = {"A": 1.0, "tie": 0.5, "B": 0.0}
+FEW = 50  # pairs; with fewer a rate says so
 RIDGE = 1e-3  # keeps a fit finite where one model wins every time; with 100 prompts below 1e-4 of a win rate
 
 
@@ -26,6 +27,16 @@ class Rate:
     low: float
     high: float
     method: str
+
+
+def thin(judged: int, pairs: int) -> str:
+    """What to say behind a rate from few of the pairs, or from few in all; else nothing.
+
+    Half: what was left out may then decide the rate. `FEW`: docs/judging.md has how often the intervals hold there.
+    """
+    if 2 * judged < pairs:
+        return f", from only {judged:,} of {pairs:,} pairs"
+    return f", from only {judged:,} pairs" if judged < FEW else ""
 
 
 def preference(straight: Verdict | None, swapped: Verdict | None) -> float | None:

@@ -10,24 +10,118 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..data.tokenization import check_tokenizer
 from ..files import Pieces, pack_floats, unpack_floats
-from ..model.logprobs import Head, token_logprobs
+from ..model.base import check_fit
+from ..model.models import Head
 from ..model.probe import why_not
 from ..packs.logprobs import per_completion
 from ..packs.packing import Group, Packer
 from .estimators import calibration, distinct, estimate, has_sacrebleu, self_bleu, token_kl
-from .generation import Completion, logits
+from .generation import Completion, Request, Sampling, end_ids, fit, logits, sample, texts
 from .lineup import Lineup
 
 # What is measured against what; each is left out where both compute the same.
 AGAINST = (("policy", "reference"), ("policy", "start"), ("policy", "base"), ("reference", "start"), ("start", "base"))
 ROWS = 128  # token positions whose full distributions are held at a time
+Progress = Callable[[str, int], Callable[[int], None]]  # (what, how many in all) -> called with what is done
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to measure. `samples`: completions of each model in `sample_from`; `beta`: of the rewards."""
+
+    beta: float
+    length_normalize: bool
+    bins: int
+    samples: int
+    sample_from: tuple[str, ...]
+    sampling: Sampling
+    max_tokens_per_pack: int
+
+
+def evaluate(lineup: Lineup, rows: Sequence[dict[str, Any]], plan: Plan, pieces: Pieces, progress: Progress) -> dict:
+    """Measures of tokenised pairs (`prompt_ids`, `chosen_ids`, `rejected_ids`) and of samples of their prompts, as JSON.
+
+    What is finished lies in `pieces` until the caller has written the result, so that a killed evaluation goes on.
+    """
+    groups: list[Group] = [(r["prompt_ids"], [r["chosen_ids"], r["rejected_ids"]]) for r in rows]
+    longest = max(len(p) + max(map(len, cs)) for p, cs in groups)
+    greatest = max(max(ids) for p, cs in groups for ids in (p, *cs))
+    check_fit(lineup.model.get_base_model(), greatest, longest)
+    packs = packer(lineup, plan.max_tokens_per_pack, check_tokenizer(lineup.tokenizer), longest)
+    tokens = token_passes(lineup, groups, packs, pieces, progress("log-probs", len(groups) * len(lineup.names)))
+    prompts = [tuple(p) for p, _ in groups]
+    preferences = {
+        "pairs": len(groups),
+        "prompts": len(set(prompts)),
+        "beta": plan.beta,
+        "length_normalize": plan.length_normalize,
+        "models": {name: model_measures(t, prompts) for name, t in tokens.items()},
+        "against": {
+            f"{a}/{b}": preference_measures(
+                Ratios.of(tokens[a], tokens[b]), prompts, plan.beta, plan.length_normalize, plan.bins
+            )
+            for a, b in against(lineup)
+        },
+    }
+    result: dict[str, Any] = {"preferences": preferences, "notes": [*lineup.found.notes]}
+    if plan.samples:
+        result["generation"], notes = _generate(lineup, list(dict.fromkeys(prompts)), plan, pieces, progress)
+        result["notes"] += notes
+    return finite(result)
+
+
+def _generate(
+    lineup: Lineup, prompts: list[tuple[int, ...]], plan: Plan, pieces: Pieces, progress: Progress
+) -> tuple[dict[str, Any], list[str]]:
+    """Samples of each model of `plan.sample_from`, their KL from the models they are measured against, diversity."""
+    ids, how, notes = fit(lineup, [list(p) for p in prompts], plan.sampling)
+    requests = [Request(p, s, ids[p]) for p, s in in_turn(ids, plan.samples, how.seed)]
+    clusters = [r.prompt for r in requests]
+    packs = packer(
+        lineup,
+        plan.max_tokens_per_pack,
+        check_tokenizer(lineup.tokenizer),
+        max(len(r.ids) for r in requests) + how.max_new_tokens,
+    )
+    names = list(dict.fromkeys(lineup.found.which(n) for n in plan.sample_from))
+    done: dict[str, list[Completion]] = {}
+    for name in names:
+        tick = progress(f"sampling from the {name}", len(requests))
+        done[name] = sample(lineup, name, requests, how, pieces, tick)
+    models = {}
+    for name in names:
+        said = list(texts(lineup, done[name]))
+        others = [b for a, b in against(lineup) if a == name]
+        groups: list[Group] = [(r.ids, [c.ids]) for r, c in zip(requests, done[name], strict=True)]
+        measures = sample_measures(done[name], said, clusters, how.seed)
+        if others:
+            tick = progress(f"KL of the {name}", len(groups))
+            lengths = torch.tensor([len(c.ids) for c in done[name]])
+            sums = kl_passes(lineup, name, others, groups, packs, pieces, tick)
+            measures["against"] = {o: kl_measures(both, lengths, clusters) for o, both in sums.items()}
+        measures["texts"] = [
+            {"prompt": lineup.tokenizer.decode(r.ids), "sample": r.sample, "output": text, "ended": c.ended}
+            for r, c, text in zip(requests, done[name], said, strict=True)
+        ]
+        models[name] = measures
+    if not has_sacrebleu():
+        notes.append('Self-BLEU needs sacrebleu: pip install "lorat[eval]".')
+    cut = sum(not c.ended for cs in done.values() for c in cs)
+    if cut:
+        notes.append(
+            f"{cut} of {len(names) * len(requests)} samples were cut at {how.max_new_tokens} tokens: their lengths are lower "
+            f"bounds, and each KL is that of the first {how.max_new_tokens} tokens, at most that of whole completions."
+        )
+    settings = {"samples": len(requests), "prompts": len(set(clusters)), "end_ids": end_ids(lineup), **asdict(how)}
+    return {**settings, "models": models}, notes
 
 
 def against(lineup: Lineup) -> list[tuple[str, str]]:
@@ -40,15 +134,8 @@ def against(lineup: Lineup) -> list[tuple[str, str]]:
 def packer(lineup: Lineup, budget: int, pad_id: int, longest: int) -> Packer:
     """Packs of `budget` tokens that share prompts where the model computes them exactly, else a row a completion."""
     with lineup.using("policy"):
-        shared = why_not(lineup.model, lineup.head, lineup.device, longest, lineup.autocast) is None
+        shared = why_not(lineup.models, lineup.device, longest) is None
     return Packer(shared, budget, pad_id)
-
-
-class _HiddenStates(Head):
-    """A head that hands on what it gets, so that a pack's hidden states are had as its log-probs are."""
-
-    def logprobs(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        return hidden
 
 
 def token_passes(
@@ -67,7 +154,7 @@ def token_passes(
             if key not in pieces:
                 pack = packs.pack([groups[i] for i in indices]).to(lineup.device)
                 with lineup.using(name):
-                    pieces[key] = pack_floats(token_logprobs(lineup.model, lineup.head, pack))
+                    pieces[key] = pack_floats(lineup.models.tokens(pack))
             rows.update(zip(places, unpack_floats(pieces[key]).split(lengths), strict=True))
             done(len(indices))
         out[name] = [rows[i] for i in range(len(rows))]
@@ -102,7 +189,7 @@ def preference_measures(
     scale = ratios.lengths.double() if length_normalize else torch.ones_like(ratios.lengths, dtype=torch.float64)
     margins = chosen - rejected
     moved = (ratios.chosen.abs() + ratios.rejected.abs()).double().sum() / ratios.lengths.sum()
-    fit = calibration(beta * (chosen / scale[:, 0] - rejected / scale[:, 1]), bins)
+    fitted = calibration(beta * (chosen / scale[:, 0] - rejected / scale[:, 1]), bins)
     mean = lambda x: list(estimate(x, prompts))  # noqa: E731
     return {
         "accuracy": mean((margins > 0).double()),
@@ -114,10 +201,10 @@ def preference_measures(
         "logratio_chosen": mean(chosen),
         "logratio_rejected": mean(rejected),
         "drift_per_token": moved.item(),
-        "ece": fit.ece,
-        "brier": fit.brier,
-        "log_loss": fit.log_loss,
-        "reliability": [b._asdict() for b in fit.table],
+        "ece": fitted.ece,
+        "brier": fitted.brier,
+        "log_loss": fitted.log_loss,
+        "reliability": [b._asdict() for b in fitted.table],
     }
 
 
@@ -165,7 +252,7 @@ def kl_passes(
 
 def _hidden(lineup: Lineup, name: str, pack: Any) -> Tensor:
     with lineup.using(name):
-        return token_logprobs(lineup.model, _HiddenStates(*vars(lineup.head).values()), pack)
+        return lineup.models.hidden(pack)
 
 
 @torch.no_grad()

@@ -21,7 +21,7 @@ from torch import Tensor
 from ..data.tokenization import check_tokenizer
 from ..errors import ConfigError, ModelError
 from ..files import Pieces
-from ..model.logprobs import Head, backbone
+from ..model.models import Head, backbone
 from .lineup import Lineup
 
 WIDTH = 8192  # rows of the head that are widened to float32 at a time

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,13 +19,12 @@ from transformers import PreTrainedTokenizerBase
 
 from ..data.tokenization import check_tokenizer
 from ..errors import ModelError
-from ..model.adapters import ADAPTER_WEIGHTS, attach, load_adapter_, record_base_
-from ..model.base import AS_LOADED, load_base, load_tokenizer
+from ..model.adapters import ADAPTER_WEIGHTS, attach, load_adapter_
+from ..model.base import Base, Facts, load_base, load_tokenizer
 from ..model.fused import computing
-from ..model.logprobs import Head, check_head
+from ..model.models import Head, Models, check_head
 from ..reference import POLICY, REFERENCE
 from ..runs.folder import Found
-from ..settings.config import TrustRegionConfig
 
 _ADAPTERS = {"policy": POLICY, "reference": REFERENCE, "start": "start"}  # as PEFT calls them
 
@@ -34,12 +33,19 @@ _ADAPTERS = {"policy": POLICY, "reference": REFERENCE, "start": "start"}  # as P
 class Lineup:
     """The loaded models; `using(name)` makes forward passes go through one of them."""
 
-    model: PeftModel
-    head: Head
+    models: Models
     tokenizer: PreTrainedTokenizerBase
     found: Found
-    config: TrustRegionConfig
-    autocast: Callable[[], AbstractContextManager[Any]]
+    base: Base
+    half: torch.dtype | None  # what autocast computes in, if it is on
+
+    @property
+    def model(self) -> PeftModel:
+        return self.models.peft
+
+    @property
+    def head(self) -> Head:
+        return self.models.head
 
     @property
     def device(self) -> torch.device:
@@ -55,7 +61,7 @@ class Lineup:
         """Inside, forward passes compute `name`'s, in eval mode, without gradients and in the type of training."""
         name = self.found.which(name)
         self.model.eval()
-        with torch.no_grad(), self.autocast():
+        with torch.no_grad(), self.models.autocast():
             if name not in self.found.folders:  # the base, or a start that is the base
                 with self.model.disable_adapter():
                     yield
@@ -68,9 +74,11 @@ class Lineup:
         digests = {
             m: hashlib.sha256((f / ADAPTER_WEIGHTS).read_bytes()).hexdigest() for m, f in self.found.folders.items()
         }
-        keys = ("model_name_or_path", *AS_LOADED)
-        return {k: getattr(self.config, k) for k in keys} | {
-            "compute": "bf16" if self.config.bf16 else "fp16" if self.config.fp16 else str(self.head.weight.dtype)[6:],
+        words = {torch.bfloat16: "bf16", torch.float16: "fp16", None: str(self.head.weight.dtype)[6:]}
+        return {
+            **self.base.settings(),
+            **Facts.of(self.model.get_base_model()).settings(),
+            "compute": words[self.half],
             "device": self.device.type,
             "adapters": digests,
             "same_as": self.found.same_as,
@@ -96,30 +104,28 @@ def load(
     if not (name := base_model or recorded):
         raise ModelError(f"{str(policy)!r} does not say what its base is; give it with --base-model.")
     saved, on_gpu = found.settings, torch.cuda.is_available() and not cpu
-    how: dict[str, Any] = {k: saved[k] for k in AS_LOADED if k in saved}
-    if saved:
-        how |= {"bf16": bool(saved.get("bf16")) and on_gpu, "fp16": bool(saved.get("fp16")) and on_gpu}
+    autocast = {k: on_gpu and bool(saved.get(k)) for k in ("bf16", "fp16")}
+    if not saved:
+        autocast["bf16"] = on_gpu and torch.cuda.is_bf16_supported(False)
     if dtype:
-        how |= {"dtype": dtype, "bf16": on_gpu and dtype == "bfloat16", "fp16": on_gpu and dtype == "float16"}
-    if in_4bit is not None:
-        how["load_in_4bit"] = in_4bit
+        autocast = {"bf16": on_gpu and dtype == "bfloat16", "fp16": on_gpu and dtype == "float16"}
+    half = torch.bfloat16 if autocast["bf16"] else torch.float16 if autocast["fp16"] else None
     here = (policy / "tokenizer_config.json").is_file()
-    how["tokenizer_name_or_path"] = str(policy) if here else saved.get("tokenizer_name_or_path")
-    config = TrustRegionConfig(
-        model_name_or_path=name,
-        output_dir=str(policy),
-        use_cpu=not on_gpu,
+    base = Base.from_settings(
+        {**saved, **autocast, **({"dtype": dtype} if dtype else {})},
+        name,
+        tokenizer=str(policy) if here else saved.get("tokenizer_name_or_path"),
         trust_remote_code=trust_remote_code,
-        report_to="none",
-        **how,
+        device="cuda" if on_gpu else "cpu",
+        **({} if in_4bit is None else {"four_bit": in_4bit}),
     )
-    tokenizer = load_tokenizer(config)
+    tokenizer = load_tokenizer(base)
     check_tokenizer(tokenizer)
     reference = found.folders.get("reference")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*base_model_name_or_path.*was renamed.*")  # as --base-model asks
         model = attach(
-            load_base(config),
+            load_base(base),
             policy_adapter=str(policy),
             ref_adapter=str(reference) if reference else None,
             check_base=base_model is None,
@@ -130,20 +136,9 @@ def load(
             raise ModelError(f"{str(start)!r} holds a {settings.peft_type} adapter; a start is a LoRA adapter.")
         model.add_adapter(_ADAPTERS["start"], settings)
         load_adapter_(model, start, _ADAPTERS["start"])
-    record_base_(config, model)
-    half = torch.bfloat16 if config.bf16 else torch.float16
-    device = torch.device("cuda" if on_gpu else "cpu")
-    head = Head.of(model)
-    check_head(model, head, head.weight.device)
-    return Lineup(
-        model,
-        head,
-        tokenizer,
-        found,
-        config,
-        computing(
-            model,
-            bool(config.bf16),
-            lambda: torch.autocast(device.type, half, enabled=bool(config.bf16 or config.fp16)),
-        ),
+    under = lambda: torch.autocast(  # noqa: E731
+        "cuda" if on_gpu else "cpu", half or torch.float16, enabled=half is not None
     )
+    models = Models(model, autocast=computing(model, half == torch.bfloat16, under))
+    check_head(models, models.head.weight.device)
+    return Lineup(models, tokenizer, found, base, half)

@@ -1,4 +1,4 @@
-"""Preference losses as pure functions of log-ratios: DPO (plain, conservative, robust), IPO and KTO.
+"""Preference losses as pure functions of log-ratios: DPO (plain, conservative, robust), IPO, APO-zero, HyPO and KTO.
 
 Every function takes log-ratios `Δ = log π(y|x) − log π_ref(y|x)` in nats, summed over a completion's tokens, and
 returns one loss and one reward (or two) per example. Take the difference per token and sum it afterwards: sums of
@@ -106,6 +106,41 @@ def ipo_loss(
     else:
         margins = chosen - rejected
     losses = (margins - 1 / (2 * beta)).square()
+    return PairLoss(losses, beta * chosen.detach(), beta * rejected.detach())
+
+
+def apo_zero_loss(chosen_logratios: Tensor, rejected_logratios: Tensor, *, beta: float) -> PairLoss:
+    """APO-zero: `1 − σ(βΔ_w) + σ(βΔ_l)`; eq. 7 of arXiv 2408.06266.
+
+    For pairs whose chosen completion is better than what the model writes: each side is anchored at the reference, the
+    chosen one is to become likelier than there and the rejected one less likely. Between 0 and 2.
+
+    Log-ratios `(n,)` nats. Computed as `σ(−βΔ_w) + σ(βΔ_l)`, which keeps its digits where `1 − σ(x)` rounds to 0.
+    Raises `ValueError` for shapes that differ or β ≤ 0.
+    """
+    chosen, rejected = _pair(chosen_logratios, rejected_logratios, beta)
+    losses = torch.sigmoid(-beta * chosen) + torch.sigmoid(beta * rejected)
+    return PairLoss(losses, beta * chosen.detach(), beta * rejected.detach())
+
+
+def hypo_loss(
+    chosen_logratios: Tensor, rejected_logratios: Tensor, reference_margins: Tensor, *, beta: float
+) -> PairLoss:
+    """HyPO: `−log σ(β(log π(y_w)/π(y_l) − max(0, m)))` with `m = log ref(y_w)/ref(y_l)`; arXiv 2602.11902.
+
+    DPO where the reference prefers the chosen completion; where it prefers the rejected one (m < 0, a pessimistic
+    reference) DPO's gradient would fade before the policy prefers the chosen one, so the reference counts as neutral.
+
+    Log-ratios and `reference_margins`, without gradient, `(n,)` nats. Rewards are `βΔ`, as for DPO.
+    Raises `ValueError` for shapes that differ or β ≤ 0.
+    """
+    chosen, rejected = _pair(chosen_logratios, rejected_logratios, beta)
+    if reference_margins.shape != chosen.shape:
+        raise ValueError(
+            f"reference_margins {tuple(reference_margins.shape)} must be (n,), one per pair, as the log-ratios are."
+        )
+    pessimism = _as_float(reference_margins.detach()).clamp(max=0)  # Δ_w − Δ_l is the policy's margin minus m
+    losses = -F.logsigmoid(beta * (chosen - rejected + pessimism))
     return PairLoss(losses, beta * chosen.detach(), beta * rejected.detach())
 
 

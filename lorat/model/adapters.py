@@ -8,8 +8,6 @@ verified tensor by tensor, since a silently half-loaded adapter trains a wrong m
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,25 +25,8 @@ from .base import keep_trainable_on_cpu_
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from ..settings.config import TrustRegionConfig
-
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
-
-
-def lora_config(config: TrustRegionConfig) -> LoraConfig:
-    """The adapter that the `lora_*` fields describe."""
-    targets: list[str] | str = config.lora_target_modules
-    return LoraConfig(
-        r=config.lora_r,
-        lora_alpha=config.lora_alpha,
-        lora_dropout=config.lora_dropout,
-        target_modules="all-linear" if list(targets) == ["all-linear"] else list(targets),
-        use_rslora=config.use_rslora,
-        use_dora=config.use_dora,
-        bias="none",
-        task_type="CAUSAL_LM",
-    )
 
 
 def attach(
@@ -234,35 +215,9 @@ def adapter_state(model: PeftModel, adapter: str) -> dict[str, torch.Tensor]:
     return get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
 
 
-def record_base_(config: TrustRegionConfig, model: PeftModel) -> None:
-    """Set `config`'s 4-bit fields and dtype to what the base really is; a model handed over may be anything."""
-    base: Any = model.get_base_model()
-    quantised: Any = getattr(base.config, "quantization_config", None)
-    config.load_in_4bit = bool(getattr(base, "is_loaded_in_4bit", False))
-    dtype = base.get_output_embeddings().weight.dtype
-    if config.load_in_4bit:
-        config.bnb_4bit_quant_type = quantised.bnb_4bit_quant_type
-        config.bnb_4bit_use_double_quant = bool(quantised.bnb_4bit_use_double_quant)
-        dtype = quantised.bnb_4bit_compute_dtype
-    config.dtype = str(dtype).removeprefix("torch.")  # type: ignore[assignment]
-
-
 def train_policy_only_(model: PeftModel) -> None:
     """Activate the policy; gradients for its tensors and for no other, by name and not by the present flags."""
     model.set_adapter(POLICY)
     trained = {id(p) for p in adapter_parameters(model, POLICY).values()}
     for p in model.parameters():
         p.requires_grad_(id(p) in trained)
-
-
-@contextmanager
-def using_reference(model: PeftModel) -> Iterator[None]:
-    """Inside, forward passes go through the reference, without dropout; afterwards the policy is as it was."""
-    training = model.training
-    model.set_adapter(REFERENCE, inference_mode=True)
-    model.eval()
-    try:
-        yield
-    finally:
-        model.set_adapter(POLICY)
-        model.train(training)

@@ -6,8 +6,9 @@ weights (0.52 byte a parameter with double quantisation), and embeddings and hea
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,21 +20,115 @@ from ..errors import ConfigError, ModelError, first_line
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from ..settings.config import TrustRegionConfig
+DTYPES = ("bfloat16", "float16", "float32")
+QUANT_TYPES = ("nf4", "fp4")
+EMBEDDINGS = (None, "8bit", "4bit")
+# Settings under the names that a run records -> fields of `Base`.
+_RECORDED = {
+    "load_in_4bit": "four_bit",
+    "bnb_4bit_quant_type": "quant_type",
+    "bnb_4bit_use_double_quant": "double_quant",
+    "quantize_embeddings": "quantize_embeddings",
+    "model_revision": "revision",
+}
 
-# The settings that decide what a loaded base computes: whoever loads a run's base again takes them from the run.
-AS_LOADED = (
-    *("load_in_4bit", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant"),
-    *("quantize_embeddings", "dtype", "model_revision"),
-)
+
+@dataclass(frozen=True)
+class Base:
+    """What to load, and how: all that decides what a base computes.
+
+    `dtype`: what stays unquantised is held in it, and 4-bit weights are dequantised to it; a `torch.dtype` or its word.
+    `device`: None is the GPU where there is one. Raises `ConfigError` for words that are not known.
+    """
+
+    name: str | None
+    revision: str | None = None
+    tokenizer: str | None = None
+    trust_remote_code: bool = False
+    attention: str | None = None
+    dtype: torch.dtype = torch.float32
+    four_bit: bool = True
+    quant_type: str = "nf4"
+    double_quant: bool = True
+    quantize_embeddings: str | None = None
+    device: torch.device | str | None = None
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("quant_type", QUANT_TYPES), ("quantize_embeddings", EMBEDDINGS)):
+            if getattr(self, name) not in allowed:
+                words = ", ".join(word for word in allowed if word)
+                raise ConfigError(f"{name}={getattr(self, name)!r} is not known; set one of: {words}.")
+        if not isinstance(self.dtype, torch.dtype):
+            if self.dtype not in DTYPES:
+                raise ConfigError(f"dtype={self.dtype!r} is not known; set one of: {', '.join(DTYPES)}.")
+            object.__setattr__(self, "dtype", getattr(torch, self.dtype))
+        if self.device is None:
+            object.__setattr__(self, "device", "cuda" if torch.cuda.is_available() else "cpu")
+
+    @classmethod
+    def from_settings(cls, settings: Mapping[str, Any], name: str | None, **changes: Any) -> Base:
+        """As a run loaded its base, from the settings it recorded; lorat's defaults for what they leave out.
+
+        `name`: where the base lies now. `changes`: fields of `Base` that are to differ.
+        """
+        how = {field: settings[key] for key, field in _RECORDED.items() if key in settings}
+        dtype = settings.get("dtype", "auto")
+        if dtype == "auto":
+            dtype = "bfloat16" if settings.get("bf16") else "float16" if settings.get("fp16") else "float32"
+        return cls(name, **{"dtype": dtype, **how, **changes})
+
+    def settings(self) -> dict[str, Any]:
+        """What decides the values of the loaded base, as JSON, under the names that a run records."""
+        how = {key: getattr(self, field) for key, field in _RECORDED.items()}
+        return {"model_name_or_path": self.name, "dtype": str(self.dtype).removeprefix("torch."), **how}
 
 
-def load_tokenizer(config: TrustRegionConfig) -> PreTrainedTokenizerBase:
-    """The tokenizer of the run; raises `ModelError` if there is none at the given place."""
-    name = config.tokenizer_name_or_path or config.model_name_or_path
+@dataclass(frozen=True)
+class Facts:
+    """What a loaded base is, read off it: a model handed over may be anything, whatever the settings say.
+
+    `dtype`: what its products are computed in: of the 4-bit layers where it has them, else of the head's weight.
+    """
+
+    four_bit: bool
+    quant_type: str | None
+    double_quant: bool | None
+    dtype: torch.dtype
+    attention: str | None
+    quantize_embeddings: str | None
+
+    @classmethod
+    def of(cls, base: Any) -> Facts:
+        """The facts of a base (of a `PeftModel`: `get_base_model()`)."""
+        four_bit = bool(getattr(base, "is_loaded_in_4bit", False))
+        how: Any = getattr(base.config, "quantization_config", None)
+        table = type(base.get_input_embeddings()).__name__
+        return cls(
+            four_bit,
+            how.bnb_4bit_quant_type if four_bit else None,
+            bool(how.bnb_4bit_use_double_quant) if four_bit else None,
+            how.bnb_4bit_compute_dtype if four_bit else base.get_output_embeddings().weight.dtype,
+            getattr(base.config, "_attn_implementation", None),
+            {"Embedding8bit": "8bit", "EmbeddingNF4": "4bit"}.get(table),
+        )
+
+    def settings(self) -> dict[str, Any]:
+        """The settings that say so, under the names that a run records; of 4-bit only what there is."""
+        how = {"bnb_4bit_quant_type": self.quant_type, "bnb_4bit_use_double_quant": self.double_quant}
+        return {
+            "load_in_4bit": self.four_bit,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "quantize_embeddings": self.quantize_embeddings,
+            **(how if self.four_bit else {}),
+        }
+
+
+def load_tokenizer(base: Base) -> PreTrainedTokenizerBase:
+    """The tokenizer of a base; raises `ModelError` if there is none at the given place."""
+    name = base.tokenizer or base.name
     try:
         return AutoTokenizer.from_pretrained(
-            name, revision=config.model_revision or "main", trust_remote_code=config.trust_remote_code
+            name, revision=base.revision or "main", trust_remote_code=base.trust_remote_code
         )
     except Exception as error:
         raise ModelError(
@@ -42,15 +137,15 @@ def load_tokenizer(config: TrustRegionConfig) -> PreTrainedTokenizerBase:
         ) from error
 
 
-def load_base(config: TrustRegionConfig) -> PreTrainedModel:
-    """The base model, once, frozen, in 4-bit if `load_in_4bit`; one copy on this process's device.
+def load_base(base: Base) -> PreTrainedModel:
+    """The base model, once, frozen, in 4-bit if `base.four_bit`; one copy on `base.device`.
 
     Raises `ModelError` where the folder has no safetensors weights or the hub no such model.
     """
-    name = config.model_name_or_path
+    name = base.name
     if not name:
         raise ConfigError("model_name_or_path is not set; give a hub id (EleutherAI/pythia-6.9b) or a local folder.")
-    common = dict(revision=config.model_revision or "main", trust_remote_code=config.trust_remote_code)
+    common = dict(revision=base.revision or "main", trust_remote_code=base.trust_remote_code)
     try:
         model_config = AutoConfig.from_pretrained(name, **common)
     except Exception as error:
@@ -61,16 +156,15 @@ def load_base(config: TrustRegionConfig) -> PreTrainedModel:
     for key, value in model_config.get_text_config().to_dict().items():
         if key.endswith(("dropout", "pdrop")) and isinstance(value, float):
             setattr(model_config.get_text_config(), key, 0.0)  # noise on a frozen base is noise in every log-ratio
-    device = torch.device("cpu") if config.use_cpu else config.device
     kwargs: dict[str, Any] = dict(
-        common, config=model_config, dtype=config.torch_dtype, use_safetensors=True, device_map={"": device}
+        common, config=model_config, dtype=base.dtype, use_safetensors=True, device_map={"": base.device}
     )
-    if config.attn_implementation:
-        kwargs["attn_implementation"] = config.attn_implementation
+    if base.attention:
+        kwargs["attn_implementation"] = base.attention
     elif getattr(model_config.get_text_config(), "attn_logit_softcapping", None):
         kwargs["attn_implementation"] = "eager"  # sdpa leaves the cap out; older transformers take it all the same
-    if config.load_in_4bit and getattr(model_config, "quantization_config", None) is None:
-        kwargs["quantization_config"] = quantization_config(config)
+    if base.four_bit and getattr(model_config, "quantization_config", None) is None:
+        kwargs["quantization_config"] = quantization_config(base)
     try:
         with reading_in_turn():
             model = AutoModelForCausalLM.from_pretrained(name, **kwargs)
@@ -80,8 +174,8 @@ def load_base(config: TrustRegionConfig) -> PreTrainedModel:
             "folder or hub repository must hold model.safetensors (or its shards). Convert a pickled "
             "pytorch_model.bin once with model.save_pretrained(...), or choose another model."
         ) from error
-    if config.quantize_embeddings:
-        quantize_embeddings_(model, config.quantize_embeddings)
+    if base.quantize_embeddings:
+        quantize_embeddings_(model, base.quantize_embeddings)
     model.requires_grad_(False)
     keep_trainable_on_cpu_(model)
     return model
@@ -152,13 +246,13 @@ def keep_trainable_on_cpu_(model: nn.Module) -> None:
                 )
 
 
-def quantization_config(config: TrustRegionConfig) -> BitsAndBytesConfig:
-    """How bitsandbytes stores the base: 4-bit, dequantised to `config.torch_dtype` for each product."""
+def quantization_config(base: Base) -> BitsAndBytesConfig:
+    """How bitsandbytes stores the base: 4-bit, dequantised to `base.dtype` for each product."""
     return BitsAndBytesConfig(
         load_in_4bit=True,
-        bnb_4bit_quant_type=config.bnb_4bit_quant_type,
-        bnb_4bit_use_double_quant=config.bnb_4bit_use_double_quant,
-        bnb_4bit_compute_dtype=config.torch_dtype,
+        bnb_4bit_quant_type=base.quant_type,
+        bnb_4bit_use_double_quant=base.double_quant,
+        bnb_4bit_compute_dtype=base.dtype,
     )
 
 

@@ -10,9 +10,7 @@ experts take rows in batches of their own); changing the order of completions, o
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,26 +18,18 @@ from torch import Tensor
 from ..errors import first_line
 from ..packs.attention import install, recording
 from ..packs.packing import Group, pad_rows, share_prompts
-from .logprobs import Head, token_logprobs
-
-if TYPE_CHECKING:
-    from peft import PeftModel
+from .models import Head, Models
 
 LAYERS = {"full_attention", "sliding_attention", "attention"}
 
 
-def why_not(
-    model: PeftModel,
-    head: Head,
-    device: torch.device,
-    longest: int,
-    autocast: Callable[[], AbstractContextManager[Any]],
-) -> str | None:
-    """None if `model` computes packs of rows of up to `longest` tokens exactly; else the reason, in words.
+def why_not(models: Models, device: torch.device, longest: int) -> str | None:
+    """None if the model computes packs of rows of up to `longest` tokens exactly; else the reason, in words.
 
     Log-probs may differ from those of separate rows by rounding: 1e-4 nats, and two units in the last place of the
     computing type relative to them, root mean square.
     """
+    model = models.peft
     base: Any = model.get_base_model()
     if reason := _configuration(base.config.get_text_config(), longest):
         return reason
@@ -48,8 +38,8 @@ def why_not(
     training = model.training
     model.eval()
     try:
-        with torch.no_grad(), autocast():
-            return _behaviour(model, head, device, longest)
+        with torch.no_grad(), models.autocast():
+            return _behaviour(models, device, longest)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # a model that does not take the layout may fail in any way of its own
@@ -70,9 +60,10 @@ def _configuration(config: Any, longest: int) -> str | None:
     return None
 
 
-def _behaviour(model: PeftModel, head: Head, device: torch.device, longest: int) -> str | None:
-    base: Any = model.get_base_model()
+def _behaviour(models: Models, device: torch.device, longest: int) -> str | None:
+    base: Any = models.peft.get_base_model()
     config = base.config.get_text_config()
+    head = models.head
     vocabulary = head.weight.shape[0]
     draw = torch.Generator().manual_seed(0)
     ids = lambda n: torch.randint(0, vocabulary, (n,), generator=draw).tolist()  # noqa: E731
@@ -81,7 +72,7 @@ def _behaviour(model: PeftModel, head: Head, device: torch.device, longest: int)
 
     def shared(*groups: Group) -> list[Tensor]:
         pack = share_prompts(groups).to(device)
-        return list(token_logprobs(model, head, pack).double().split(pack.lengths))
+        return list(models.tokens(pack).double().split(pack.lengths))
 
     with recording() as seen:
         a, b, c = shared((prompt, [first, second]), other)
@@ -109,7 +100,7 @@ def _behaviour(model: PeftModel, head: Head, device: torch.device, longest: int)
     if not (gap := apart([a, b, c], [swapped[1], swapped[0], swapped[2]])) < bound:
         return f"log-probs depend on the order of completions (by {gap:.2g} nats a token)"
     rows = pad_rows([(prompt, [first, second]), other], pad_id=0).to(device)
-    separate = list(token_logprobs(model, head, rows).double().split(rows.lengths))
+    separate = list(models.tokens(rows).double().split(rows.lengths))
     if not (gap := apart([a, b, c], separate)) < bound:
         return f"log-probs differ from those of separate rows (by {gap:.2g} nats a token)"
     return None

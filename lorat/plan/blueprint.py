@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.quantizers import AutoHfQuantizer
 
 from ..errors import ConfigError, ModelError, first_line
-from ..model.adapters import attach, lora_config
+from ..model.adapters import attach
 from ..model.base import quantization_config
 from ..reference import POLICY, REFERENCE, adapter_parameters
 
@@ -66,7 +66,7 @@ def draw(config: TrustRegionConfig, model_config: Any) -> PeftModel:
         raise ModelError(f"no causal LM can be made of this configuration ({first_line(error)}).") from error
     _keep_wide_(model, dtype)
     if four_bit:
-        how = AutoHfQuantizer.from_config(given or quantization_config(config), pre_quantized=False)
+        how = AutoHfQuantizer.from_config(given or quantization_config(config.base()), pre_quantized=False)
         how._process_model_before_weight_loading(model, device_map={"": "cpu"})
         model.config.quantization_config, model.is_loaded_in_4bit = how.quantization_config, True
         _pack_(model, dtype)
@@ -74,7 +74,7 @@ def draw(config: TrustRegionConfig, model_config: Any) -> PeftModel:
         _pack_embeddings_(model, config.quantize_embeddings, dtype)
     model.requires_grad_(False)
     with torch.device("meta"):
-        return attach(model, lora_config(config), ref_rank=config.ref_rank)
+        return attach(model, config.adapter(), ref_rank=config.ref_rank)
 
 
 def _keep_wide_(model: Any, dtype: torch.dtype) -> None:

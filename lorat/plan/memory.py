@@ -99,6 +99,7 @@ class Planner:
     def __init__(
         self, config: TrustRegionConfig, model_config: Any, context: int = CONTEXT, capability: Any = None
     ) -> None:
+        config = config.resolved()
         self.config, self.context = config, context
         if capability is None:
             capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else KERNEL

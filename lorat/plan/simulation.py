@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..model.fused import fuse_, native
-from ..model.logprobs import Head, backbone, policy_and_reference
+from ..model.models import Head, Models, backbone
 from ..packs import attention
 from ..packs.packing import Group, Pack, pad_rows, share_prompts
 from ..settings.config import CHECKPOINTING
@@ -104,7 +104,7 @@ class Simulation:
             with self.mode, attention_of(ledger), ledger, self._types():
                 ledger.own(_tensors(self.model))
                 moved = _imagined(pack)
-                out = policy_and_reference(self.model, head, moved)
+                out = Models(self.model, head)(moved)
                 ledger.mark("forward")
                 out.logratios.sum().backward()
                 del out

@@ -18,7 +18,7 @@ from lorat_kernels.torch_path import CHUNK_ROWS, VOCAB_BLOCK
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from ..model.logprobs import Head
+from ..model.models import Head
 from ..packs import attention
 from .ledger import Ledger, empty
 

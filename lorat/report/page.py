@@ -6,13 +6,13 @@ run, and the page forbids scripts and the network to itself. The same runs give 
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
+from ..files import write_whole
 from ..runs.log import RunLog, read_runs
 from ..runs.versions import versions
 from . import plots, tables
@@ -23,17 +23,12 @@ TEMPLATE = Path(__file__).with_name("page.html")
 def write_report(
     runs: Sequence[str], out: str | Path, samples: Sequence[str] = (), rows: int = 12, title: str | None = None
 ) -> Path:
-    """Write the page about `runs` (folders) to `out`, whole or not at all; returns its path. Raises a `LoratError`."""
+    """Write the page about `runs` (folders) to `out`, atomically; returns its path. Raises a `LoratError`."""
     out = Path(out)
+    if not out.parent.is_dir():
+        raise ConfigError(f"--out {str(out)!r}: there is no folder {str(out.parent)!r}; make it, or name another.")
     page = render(read_runs(list(runs)), samples, rows, title)
-    aside = out.with_name(f".{out.name}.new")
-    try:
-        aside.write_text(page, encoding="utf-8", errors="replace")
-        os.replace(aside, out)
-    except OSError as error:
-        raise ConfigError(
-            f"--out {str(out)!r} cannot be written: {error}. Name a file in a folder that is there."
-        ) from error
+    write_whole(out, page.encode("utf-8", "replace").decode())
     return out
 
 

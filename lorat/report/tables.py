@@ -10,6 +10,7 @@ from typing import Any
 
 from ..errors import LoratError
 from ..judge.answers import Answer, read_answers, read_models, split
+from ..judge.verdicts import thin
 from ..runs.log import RunLog, is_number
 
 MOST_ROWS = 200
@@ -134,7 +135,8 @@ def _judged(value: Any) -> list[str] | None:
     """A row about a result of `lorat judge`; None if it is none."""
     try:
         rates = [value["win_rate"], value["length_controlled_win_rate"]]
-        shares = ["–" if r is None else f"{r['value']:.1%} ({r['low']:.1%} to {r['high']:.1%})" for r in rates]
+        few = thin(value["judged"], value["pairs"]) if "pairs" in value else ""
+        shares = ["–" if r is None else f"{r['value']:.1%} ({r['low']:.1%} to {r['high']:.1%}){few}" for r in rates]
         counts = " / ".join(shown(value[k]) for k in ("wins", "ties", "losses"))
         return [f"{value['a']} against {value['b']}", shown(value["judge"]["model"]), *shares, counts]
     except (KeyError, TypeError, ValueError):

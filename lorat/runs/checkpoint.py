@@ -24,6 +24,7 @@ STATE = "lorat_state.json"
 RUN = "lorat_run.json"
 START = "start"
 SAVING = ".saving"
+_NAME = re.compile(r"(?:\.old-)?checkpoint-(\d+)")
 
 
 def _digest(path: Path) -> str:
@@ -84,18 +85,25 @@ def publish(staged: Path, final: Path) -> None:
 
 
 def checkpoints(output_dir: Path) -> list[Path]:
-    """Checkpoint folders in `output_dir`, the newest first, whole or not."""
-    found = [
-        (int(m[1]), p) for p in output_dir.glob("checkpoint-*") if (m := re.fullmatch(r"checkpoint-(\d+)", p.name))
-    ]
-    return [p for _, p in sorted(found, reverse=True)]
+    """Checkpoint folders in `output_dir`, the newest first, whole or not.
+
+    One whose replacement was killed between the two renames of `publish` is found under the name it has then.
+    """
+    found = [(int(m[1]), p) for p in output_dir.glob("*checkpoint-*") if (m := _NAME.fullmatch(p.name))]
+    there = {p.name for _, p in found}
+    kept = [(n, p) for n, p in found if not p.name.startswith(".old-") or f"checkpoint-{n}" not in there]
+    return [p for _, p in sorted(kept, reverse=True)]
+
+
+def repair(output_dir: Path) -> None:
+    """Finish what `publish` was killed in between its two renames."""
+    for old in output_dir.glob(".old-checkpoint-*"):
+        final = old.with_name(old.name.removeprefix(".old-"))
+        shutil.rmtree(old) if final.exists() else old.rename(final)
 
 
 def last_whole(output_dir: Path) -> tuple[Path | None, list[str]]:
     """The newest whole checkpoint, or None, and a sentence about each newer one that is torn."""
-    for old in output_dir.glob(".old-checkpoint-*"):  # killed between the two renames of `publish`
-        final = old.with_name(old.name.removeprefix(".old-"))
-        shutil.rmtree(old) if final.exists() else old.rename(final)
     torn: list[str] = []
     for folder in checkpoints(output_dir):
         problem = flaw(folder)
@@ -142,7 +150,7 @@ def set_aside_newer(output_dir: Path, step: int) -> list[str]:
     """
     moved = []
     for folder in checkpoints(output_dir):
-        if int(folder.name.removeprefix("checkpoint-")) > step:
+        if int(folder.name.rpartition("-")[2]) > step:
             aside = folder.with_name(f"set-aside-{folder.name}")
             shutil.rmtree(aside, ignore_errors=True)
             folder.rename(aside)

@@ -2,54 +2,105 @@
 
 The adapter was trained on the base as 4-bit rounds it. Merged into the *original* 16-bit weights it meets
 weights it never saw, and the rounding error comes back with the opposite sign; merged into the *dequantised*
-ones it computes what was trained, up to the rounding of the output type. Both are measured against the
-trained model on a few built-in sentences and the difference is reported. Runs on the CPU, since no small GPU
-holds it: 4 bytes of host memory a parameter (28 GB for 6.9B).
+ones it computes what was trained, up to the rounding of the output type.
+
+What counts is the folder that a person gets. It is written aside, read back by plain transformers and measured on text:
+(a) the merged weights in float32 against the trained model, (b) the folder against (a). It appears under its name
+only when both hold; otherwise nothing is left behind. Runs on the CPU, a layer at a time (`model/folding.py`): host memory
+is the model in the type it is saved in, the embeddings and a layer in float32, and a shard (18 GB for 6.9B in 16 bits).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import gc
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers.utils import cached_file
 
-from ..errors import CheckpointError, ConfigError, ModelError
+from ..errors import CheckpointError, ConfigError, ModelError, first_line
+from ..model import folding
 from ..model.adapters import adapter_folder
-from ..model.base import AS_LOADED, load_base, plain_embeddings_
-from ..settings.config import TrustRegionConfig
+from ..model.base import Base, load_base, load_tokenizer, reading_in_turn
 from . import checkpoint as ck
+from .card import write_merged_card
 
 SENTENCES = (
     "The river runs past the old mill and turns south below the bridge.",
     "Human: What should I pack for a week in the mountains?\n\nAssistant: Warm layers, a good map, and water.",
     "def area(radius):\n    return 3.14159 * radius ** 2",
 )
+EXACT = 1e-4  # nats a token: what float32 arithmetic in another order may change
+SHARD = "2GB"
+BESIDE = (
+    "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+)
+DTYPES = ("auto", "bfloat16", "float16", "float32")
+
+
+@dataclass(frozen=True)
+class Gap:
+    """Differences of log-probs, in nats a token: their mean and the largest."""
+
+    mean: float
+    largest: float
+
+    @classmethod
+    def of(cls, a: Tensor, b: Tensor) -> Gap:
+        gap = (a.double() - b.double()).abs()
+        return cls(gap.mean().item(), gap.max().item())
+
+    def __str__(self) -> str:
+        return f"{self.mean:.2g} nats a token on average, {self.largest:.2g} at most"
 
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What a merge did: log-prob differences to the trained model, in nats a token, over `tokens` tokens."""
+    """What a merge did, measured over `tokens` tokens.
+
+    `folded`: the merged weights in float32 against the trained model (on the original weights where `base` says so);
+    `saved`: the folder against them; `rounding`: what rounding to `dtype` alone gives; `changed`: the folder against the
+    trained model, where that is another one.
+    """
 
     out: Path
     base: str
-    mean: float
-    largest: float
+    name: str
+    dtype: str
     tokens: int
+    folded: Gap
+    saved: Gap
+    rounding: Gap
+    changed: Gap | None = None
+
+    @property
+    def where(self) -> str:
+        words = {"dequantized": "the base as 4-bit rounded it", "original": "the original weights"}
+        return words.get(self.base, "the base, which was not quantised in training")
 
     def render(self) -> str:
-        words = {"dequantized": "the base as 4-bit rounded it", "original": "the original weights"}
-        what = words.get(self.base, "the base, which was not quantised in training")
         lines = [
-            f"Merged into {what}: {self.out}",
-            f"Against the trained model, log-probs of {self.tokens} tokens of sample text differ by {self.mean:.2g} nats "
-            f"on average, {self.largest:.2g} at most.",
+            f"Merged into {self.where}, saved in {self.dtype}: {self.out}",
+            f"Read back and measured on {self.tokens} tokens of sample text. Merged in float32, against "
+            f"{'the adapter on the original weights' if self.base == 'original' else 'the trained model'}: {self.folded}.",
+            f"The folder against that: {self.saved} (rounding to {self.dtype} alone: {self.rounding.largest:.2g} at most).",
         ]
-        if self.base == "original":
+        if self.changed:
             lines.append(
+                f"Against the model as it was trained: {self.changed}. "
                 "The adapter was trained on the 4-bit weights and has not seen these: rounding errors it had learnt to "
                 "live with are gone, and others come in their place. --base dequantized keeps what was trained."
             )
@@ -67,71 +118,300 @@ def merge(
     """Merge the adapter in `run` into its base and save the model to `out` as safetensors, tokenizer included.
 
     `base`: "dequantized" or "original". `base_model`: where the base lies now, if not where it lay in training.
-    `dtype`: type to save in; "auto" is what the run computed in. Raises a `LoratError` where a part is missing.
+    `dtype`: type to save in; "auto" is the type that the base is stored in. Raises a `LoratError`, and leaves nothing
+    behind, where a part is missing, where the disk is full, or where the folder does not compute what was trained.
     """
     if base not in ("original", "dequantized"):
         raise ConfigError(f"base={base!r} is not known; set original or dequantized.")
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype={dtype!r} is not known; set one of: {', '.join(DTYPES)}.")
     target = Path(out)
-    if target.exists() and any(target.iterdir()):
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise CheckpointError(f"{out!r} is not empty; name a new folder, so that nothing in it is overwritten.")
     folder = adapter_folder(run)
     name = base_model or PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
     if not name:
         raise ModelError(f"{run!r} does not say what its base is; give it with --base-model.")
-    trained = _trained_config(folder, name)
-    trained.trust_remote_code = trust_remote_code
-    tokenizer = AutoTokenizer.from_pretrained(str(folder if (folder / "tokenizer_config.json").exists() else name))
-    rows = [tokenizer(s, return_tensors="pt")["input_ids"] for s in SENTENCES]
+    trained = Base.from_settings(_recorded(folder), name, trust_remote_code=trust_remote_code, device="cpu")
+    known = _check_stored(trained, base)
+    kind = known if dtype == "auto" else getattr(torch, dtype)
+    with_tokenizer = (folder / "tokenizer_config.json").exists()
+    tokenizer = load_tokenizer(replace(trained, tokenizer=str(folder) if with_tokenizer else None))
+    with _staging(target) as staged:
+        report = _merge(folder, staged, target, trained, base, tokenizer, known, kind)
+        write_merged_card(staged, folder, report)
+        _publish(staged, target)
+    return report
 
-    model = load_base(trained)
-    with_adapter = PeftModel.from_pretrained(model, str(folder))
-    before = _token_logprobs(with_adapter, rows)
-    if base == "dequantized" and trained.load_in_4bit:
-        model = with_adapter.unload().dequantize()
-        plain_embeddings_(model)
-    else:
-        del with_adapter, model
-        model = AutoModelForCausalLM.from_pretrained(
-            name,
-            dtype=trained.torch_dtype,
-            use_safetensors=True,
-            revision=trained.model_revision or "main",
-            trust_remote_code=trust_remote_code,
-        )
-    model = model.float()  # add in float32, round once
-    merged: Any = PeftModel.from_pretrained(model, str(folder)).merge_and_unload(safe_merge=True)
-    merged = merged.to(trained.torch_dtype if dtype == "auto" else getattr(torch, dtype))
-    after = _token_logprobs(merged, rows)
-    merged.save_pretrained(str(target))
-    tokenizer.save_pretrained(str(target))
-    gap = (after - before).abs()
-    return MergeReport(
-        target, base if trained.load_in_4bit else "plain", gap.mean().item(), gap.max().item(), gap.numel()
+
+def _merge(
+    folder: Path,
+    staged: Path,
+    target: Path,
+    trained: Base,
+    base: str,
+    tokenizer: Any,
+    known: torch.dtype,
+    kind: torch.dtype,
+) -> MergeReport:
+    """Write the merged model to `staged`, read it back, and raise `ModelError` unless it computes what it should."""
+    model = _with_adapter(trained, folder)
+    ids = _sample(tokenizer, model)
+    quantised = any(folding.is_packed(m) for m in model.modules())
+    as_trained = None
+    if base == "original" and (quantised or trained.dtype != known):
+        as_trained = _measured(model, ids)
+        del model
+        gc.collect()
+        model = _with_adapter(replace(trained, four_bit=False, quantize_embeddings=None, dtype=known), folder)
+    expected = _measured(model, ids)
+    folded = _measured(model, ids, fold=True)
+    plain = _rounded_(model, kind)
+    del model
+    rounded = _measured(plain, ids)
+    _save(plain, staged, trained, tokenizer, kind)
+    buffers = {n: b.clone() for n, b in _unsaved_buffers(plain)}
+    del plain
+    gc.collect()
+    got = _read_back(staged, trained, tokenizer, kind, ids, buffers)
+    report = MergeReport(
+        out=target,
+        base=base if quantised or as_trained is not None else "plain",
+        name=str(trained.name),
+        dtype=str(kind).removeprefix("torch."),
+        tokens=expected.numel(),
+        folded=Gap.of(folded, expected),
+        saved=Gap.of(got, folded),
+        rounding=Gap.of(rounded, folded),
+        changed=None if as_trained is None else Gap.of(got, as_trained),
     )
+    advice = (
+        "Nothing was kept. This is a fault of lorat, or of a library, with this architecture or adapter; until it is mended "
+        "load the adapter with PEFT on its base, as README.md in the run's folder says."
+    )
+    if not report.folded.largest <= EXACT:
+        raise ModelError(
+            f"the merged weights do not compute what was trained: in float32 their log-probs differ by {report.folded}, "
+            f"and {EXACT:g} is allowed. {advice}"
+        )
+    if not report.saved.largest <= report.rounding.largest + EXACT:
+        raise ModelError(
+            f"the saved folder does not compute what was merged: read back, its log-probs differ by {report.saved}, and "
+            f"rounding to {report.dtype} gives {report.rounding.largest:.2g} at most. {advice}"
+        )
+    return report
 
 
-def _trained_config(folder: Path, name: str) -> TrustRegionConfig:
-    """How the run loaded its base, from what it wrote down; lorat's defaults for an adapter of other origin."""
-    saved: dict[str, Any] = {}
+def _recorded(folder: Path) -> dict[str, Any]:
+    """The settings that a run wrote beside its adapter; none for an adapter of other origin."""
     if (folder / ck.STATE).is_file():
-        saved = ck.read_json(folder / ck.STATE)["run"]
-    elif (folder / ck.RUN).is_file():
-        saved = ck.read_json(folder / ck.RUN)
-    kept = {k: saved[k] for k in AS_LOADED if k in saved}
-    if kept.get("dtype", "auto") == "auto" and saved:
-        kept["dtype"] = "bfloat16" if saved.get("bf16") else "float16" if saved.get("fp16") else "float32"
-    # bf16 is a matter of autocast in training; here only the type of the weights counts.
-    return TrustRegionConfig(model_name_or_path=name, bf16=False, use_cpu=True, output_dir=str(folder), **kept)
+        return ck.read_json(folder / ck.STATE)["run"]
+    return ck.read_json(folder / ck.RUN) if (folder / ck.RUN).is_file() else {}
 
 
-@torch.no_grad()
-def _token_logprobs(model: torch.nn.Module, rows: list[torch.Tensor]) -> torch.Tensor:
-    """Log-probs of every next token of `rows`, (K,) float32 on the host."""
-    model.eval()
-    device = next(model.parameters()).device
-    parts = []
-    for ids in rows:
-        ids = ids.to(device)
-        logits = model(input_ids=ids, use_cache=False).logits[0, :-1].float()
-        parts.append(logits.log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0].cpu())
-    return torch.cat(parts)
+def _check_stored(trained: Base, base: str) -> torch.dtype:
+    """The type that the base is stored in; raises `ModelError` for one that cannot be merged into."""
+    how: dict[str, Any] = dict(revision=trained.revision or "main", trust_remote_code=trained.trust_remote_code)
+    try:
+        config = AutoConfig.from_pretrained(str(trained.name), **how)
+    except Exception as error:
+        raise ModelError(
+            f"{trained.name!r} has no readable model configuration ({first_line(error)}). Name the folder or hub id of the "
+            "base with --base-model."
+        ) from error
+    stored = getattr(config, "quantization_config", None)
+    if stored is not None:
+        method = stored.get("quant_method") if isinstance(stored, dict) else getattr(stored, "quant_method", None)
+        word = str(getattr(method, "value", method))
+        if not word.startswith("bitsandbytes"):
+            raise ModelError(
+                f"{trained.name!r} is stored quantised by {word}, and merge unpacks bitsandbytes only. Name the same model in "
+                "16 bits with --base-model, or serve the adapter on its base."
+            )
+        if base == "original":
+            raise ModelError(
+                f"{trained.name!r} is stored in 4 or 8 bits: there are no original weights in it to merge into. Name the same "
+                "model in 16 bits with --base-model, or leave --base at dequantized."
+            )
+    for known in (getattr(config, "dtype", None), getattr(config.get_text_config(), "dtype", None)):
+        if known is not None:
+            return getattr(torch, str(known).removeprefix("torch."))
+    return _type_in_file(trained, how)
+
+
+def _type_in_file(trained: Base, how: dict[str, Any]) -> torch.dtype:
+    """The type of the first floating tensor in the base's file; float32 where there is none."""
+    from safetensors import safe_open
+
+    path = cached_file(str(trained.name), "model.safetensors", _raise_exceptions_for_missing_entries=False, **how)
+    if path:
+        words = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+        with safe_open(path, framework="pt") as file:
+            for key in file.keys():  # noqa: SIM118
+                if (word := file.get_slice(key).get_dtype()) in words:
+                    return words[word]
+    return torch.float32
+
+
+def _with_adapter(base: Base, folder: Path) -> PeftModel:
+    model = load_base(base)
+    try:
+        return PeftModel.from_pretrained(model, str(folder)).eval()
+    except (ValueError, RuntimeError, KeyError, OSError) as error:
+        raise ModelError(
+            f"the adapter in {str(folder)!r} does not fit {base.name!r} ({first_line(error)}). Name the base it was trained "
+            "on with --base-model."
+        ) from error
+
+
+def _sample(tokenizer: Any, model: Any) -> Tensor:
+    """What is measured on, (2, t): the sentences as the model's own tokenizer reads them, and as many random tokens."""
+    table = model.get_base_model().get_input_embeddings()
+    rows = getattr(table, "num_embeddings", None) or table.weight.shape[0]
+    longest = min(96, getattr(model.config.get_text_config(), "max_position_embeddings", None) or 96)
+    text = [token for sentence in SENTENCES for token in tokenizer(sentence)["input_ids"]][:longest]
+    if text and max(text) >= rows:
+        raise ModelError(
+            f"the tokenizer gives token {max(text)}, and the base has rows for {rows}: they do not belong together. Name the "
+            "base that was trained on with --base-model."
+        )
+    draw = torch.Generator().manual_seed(0)
+    noise = torch.randint(min(rows, max(len(tokenizer), 2)), (2, max(len(text), min(32, longest))), generator=draw)
+    if text:
+        noise[0, : len(text)] = torch.tensor(text)
+    return noise
+
+
+def _measured(model: Any, ids: Tensor, fold: bool = False) -> Tensor:
+    """Log-probs of `ids` in float32, (2, t - 1); what is outside the layers is left in float32, folded if asked."""
+    layers = folding.decoder_layers(model)
+    rest = [m for _, m in folding.outside(model, layers.values())]
+    folding.dequantise_(rest)
+    if fold:
+        folding.untie_if_adapted_(model)
+        folding.fold_(rest)
+
+    def prepare(layer: torch.nn.Module) -> None:
+        folding.dequantise_(layer.modules())
+        if fold:
+            folding.fold_(layer.modules())
+
+    with folding.each_layer(layers.values(), prepare):
+        return folding.token_logprobs(model, ids)
+
+
+def _rounded_(model: PeftModel, kind: torch.dtype) -> Any:
+    """The plain model in `kind`: its layers folded in float32 and rounded one after the other, then all that is left."""
+    kept = folding.stays_float32(model.get_base_model())
+    layers = folding.decoder_layers(model)
+    for name, layer in layers.items():
+        folding.dequantise_(layer.modules())
+        folding.fold_(layer.modules())
+        folding.round_(((f"{name}.{part}", m) for part, m in layer.named_modules()), kind, kept)
+    plain = folding.plain_(model)
+    folding.round_(plain.named_modules(), kind, kept)
+    return plain
+
+
+def _save(plain: Any, staged: Path, trained: Base, tokenizer: Any, kind: torch.dtype) -> None:
+    """Write the model in shards, its tokenizer and what lies beside its base; raises `CheckpointError` for a full disk."""
+    layers = folding.decoder_layers(plain)
+    kept = folding.stays_float32(plain)
+    folding.round_(folding.outside(plain, layers.values()), kind, kept)
+    how: dict[str, Any] = dict(revision=trained.revision or "main", trust_remote_code=trained.trust_remote_code)
+    stored, text = (
+        AutoConfig.from_pretrained(str(trained.name), **how).get_text_config(),
+        plain.config.get_text_config(),
+    )
+    for key, value in stored.to_dict().items():
+        if key.endswith(("dropout", "pdrop")):  # training had set it to 0
+            setattr(text, key, value)
+    beside = {f: cached_file(str(trained.name), f, _raise_exceptions_for_missing_entries=False, **how) for f in BESIDE}
+    if beside["generation_config.json"]:
+        plain.generation_config = GenerationConfig()  # the base's own file is taken as it is
+    size = sum(t.numel() * t.element_size() for t in plain.state_dict().values())
+    free = shutil.disk_usage(staged).free
+    if free < size:
+        raise CheckpointError(
+            f"the merged model takes {size / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free in {str(staged.parent)!r}; free some "
+            "space, or set --out to another disk."
+        )
+    try:
+        plain.save_pretrained(str(staged), max_shard_size=SHARD)
+        tokenizer.save_pretrained(str(staged))
+        for name, path in beside.items():
+            if path:
+                shutil.copyfile(path, staged / name)
+    except (OSError, RuntimeError, ValueError, NotImplementedError) as error:
+        raise CheckpointError(
+            f"the merged model could not be written ({first_line(error)}); is there space beside {str(staged.parent)!r}?"
+        ) from error
+
+
+def _unsaved_buffers(model: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
+    saved = model.state_dict()
+    return ((n, b) for n, b in model.named_buffers() if n not in saved)
+
+
+def _read_back(
+    staged: Path, trained: Base, tokenizer: Any, kind: torch.dtype, ids: Tensor, buffers: dict[str, Tensor]
+) -> Tensor:
+    """Log-probs of the saved folder by plain transformers, in float32; raises `ModelError` where it is not the model.
+
+    `buffers`: tensors that no file holds, made from the configuration in the type a model is loaded in. They are compared
+    with those of the merged model and then taken from it, so that the weights alone decide.
+    """
+    try:
+        with reading_in_turn():
+            read: Any = AutoModelForCausalLM.from_pretrained
+            loaded, said = read(
+                str(staged), output_loading_info=True, use_safetensors=True, trust_remote_code=trained.trust_remote_code
+            )
+        again = AutoTokenizer.from_pretrained(str(staged), trust_remote_code=trained.trust_remote_code)
+    except (OSError, RuntimeError, ValueError, KeyError, NotImplementedError) as error:
+        raise ModelError(f"the merged model cannot be read back by transformers ({first_line(error)}).") from error
+    wrong = [f"{kind_} {sorted(map(str, said[kind_]))[0]}" for kind_ in said if kind_.endswith("_keys") and said[kind_]]
+    if wrong:
+        raise ModelError(f"the merged model, read back by transformers, is not whole: {'; '.join(wrong)}.")
+    if loaded.dtype != kind:
+        raise ModelError(f"the merged model was saved in {kind} and reads back in {loaded.dtype}.")
+    if [again(s)["input_ids"] for s in SENTENCES] != [tokenizer(s)["input_ids"] for s in SENTENCES] or (
+        again.chat_template != tokenizer.chat_template
+    ):
+        raise ModelError("the saved tokenizer, read back, gives other tokens or another chat template than the run's.")
+    for name, made in _unsaved_buffers(loaded):
+        ours = buffers.get(name)
+        if (
+            ours is None
+            or ours.shape != made.shape
+            or not torch.allclose(ours.double(), made.double(), rtol=1e-2, atol=1e-6)
+        ):
+            raise ModelError(f"the merged model, read back, computes another {name} from its configuration.")
+        made.data = ours.data
+    return _measured(loaded, ids)
+
+
+@contextmanager
+def _staging(target: Path) -> Iterator[Path]:
+    """A new folder beside `target`, gone when the block ends, with the parents made for it unless `target` is there."""
+    made = [p for p in (target.parent, *target.parent.parents) if not p.exists()]
+    staged = None
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        staged = Path(tempfile.mkdtemp(prefix=f".{target.name}.merging-", dir=target.parent))
+        yield staged
+    except OSError as error:
+        raise CheckpointError(f"{str(target)!r} cannot be written ({error}); set --out to another place.") from error
+    finally:
+        if staged is not None:
+            shutil.rmtree(staged, ignore_errors=True)
+        for parent in made:
+            if parent.is_dir() and not any(parent.iterdir()):
+                parent.rmdir()
+
+
+def _publish(staged: Path, target: Path) -> None:
+    mask = os.umask(0)
+    os.umask(mask)
+    staged.chmod(0o777 & ~mask)
+    os.replace(staged, target)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from .coercion import shown
-from .config import CHECKPOINTING
+from .inherited import CHECKPOINTING
 
 _OTHER = "gradient_checkpointing" if CHECKPOINTING == "activation_checkpointing" else "activation_checkpointing"
 

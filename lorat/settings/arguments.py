@@ -1,8 +1,8 @@
 """`lorat train --config run.yaml [--key value …]` -> a checked `TrustRegionConfig`.
 
 Keys are flat, and every one can be given in the file and on the command line, which wins. TRL's names
-are accepted (`trl.py`). Everything that is wrong is said at once: where it was given, what was given,
-what is expected. Nothing is loaded or written.
+are accepted (`aliases.py`). Everything that is wrong is said at once: where it was given, what was given,
+what is expected. Nothing is loaded or written, and transformers is imported only where its types are asked for.
 """
 
 from __future__ import annotations
@@ -11,22 +11,23 @@ import functools
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import fields
-from typing import Any, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, get_type_hints
 
 from ..errors import ConfigError
 from .aliases import ADVICE, ALIASES, TRL_TYPES, setting_of, translate
 from .coercion import FALSE, TRUE, choices, coerce, describe, nearest, shown
-from .config import TrustRegionConfig
+from .inherited import installed, simple_type
 from .sources import Given, read_argv, read_yaml
-from .validation import SYNC
+from .table import DEFAULTS, NAMED_SYNC, NOT_SETTABLE, OWN, SYNC, TRAINER, Setting
+
+if TYPE_CHECKING:
+    from .config import TrustRegionConfig
 
 REQUIRED = {
     "model_name_or_path": "a hub id or a local folder",
     "dataset_name": "a hub id, a folder or a data file",
     "output_dir": "a folder for checkpoints and the finished adapter",
 }
-_NOT_SETTABLE = {"parallelism_config"}  # takes an object that no file can hold
 
 
 def parse_config(argv: list[str], say: Callable[[str], None] | None = None) -> TrustRegionConfig:
@@ -35,20 +36,20 @@ def parse_config(argv: list[str], say: Callable[[str], None] | None = None) -> T
     `say` gets a note for each setting that was translated or left out (default: standard error, first rank).
     Raises `ConfigError` that lists every problem there is.
     """
-    path, line, problems = read_argv(argv, {key for key, hint in types().items() if hint in (bool, bool | None)})
+    path, line, problems = read_argv(argv, flags())
     file = read_yaml(path) if path is not None else {}
     notes = _override(file, line)
     given = file | line
     values: dict[str, Any] = {}
     guesses: set[str | None] = set()
     for key, entry in given.items():
-        if key not in types():
+        if key not in names():
             problem, guess = _unknown(key)
             problems.append(f"{entry.where}: {problem}")
             guesses.add(guess)
             continue
         try:
-            value = coerce(entry.value, types()[key])
+            value = coerce(entry.value, type_of(key))
         except ValueError as error:
             problems.append(f"{entry.where}: {_wrong_type(key, entry.value, str(error))}")
         else:
@@ -93,12 +94,48 @@ def help_text(width: int | None = None) -> str:
 
 
 @functools.cache
+def names() -> frozenset[str]:
+    """Every accepted key, TRL's names too."""
+    return frozenset({*OWN, *installed(), *ALIASES, *TRL_TYPES}) - set(NOT_SETTABLE)
+
+
+@functools.cache
+def flags() -> frozenset[str]:
+    """The keys that are true or false."""
+    return frozenset(key for key in names() if _cheap_type(ALIASES.get(key, key)) in (bool, bool | None))
+
+
+def type_of(key: str) -> Any:
+    """The type of an accepted key; transformers is imported only for those of its enumerations and objects."""
+    key = key if key in TRL_TYPES else ALIASES.get(key, key)
+    if (cheap := _cheap_type(key)) is not None:
+        return cheap
+    from .config import TrustRegionConfig
+
+    return get_type_hints(TrustRegionConfig)[key]
+
+
+def _cheap_type(key: str) -> Any:
+    """The type as far as it is known without transformers; None otherwise."""
+    if key == "resume_from_checkpoint":
+        return str | bool | None  # true: the newest checkpoint
+    if key in TRL_TYPES:
+        return TRL_TYPES[key]
+    setting = OWN.get(key) or DEFAULTS.get(key)
+    if setting is None and key in TRAINER and TRAINER[key].choices:
+        setting = TRAINER[key]
+    return _type(setting) if setting is not None else simple_type(key)
+
+
+def _type(setting: Setting) -> Any:
+    kind: Any = Literal[setting.choices] if setting.choices else list[str] if setting.kind is list else setting.kind
+    return kind | None if setting.null else kind
+
+
+@functools.cache
 def types() -> dict[str, Any]:
-    """Every accepted key, TRL's names too, and its type."""
-    hints = get_type_hints(TrustRegionConfig)
-    own = {f.name: hints[f.name] for f in fields(TrustRegionConfig) if f.init and f.name not in _NOT_SETTABLE}
-    own["resume_from_checkpoint"] = str | bool | None  # true: the newest checkpoint
-    return own | {old: own[new] for old, new in ALIASES.items()} | TRL_TYPES
+    """Every accepted key and its type."""
+    return {key: type_of(key) for key in names()}
 
 
 def _override(file: dict[str, Given], line: dict[str, Given]) -> list[str]:
@@ -107,10 +144,8 @@ def _override(file: dict[str, Given], line: dict[str, Given]) -> list[str]:
     overridden = {setting_of(key) for key in line}
     sync = next((str(given.value).lower() for key, given in line.items() if setting_of(key) == "sync"), "")
     sync = "frozen" if sync in FALSE else "soft" if sync in TRUE else sync  # sync_ref_model
-    useless: set[str] = set() if sync in ("", "soft", "adaptive") else {"sync_alpha"}
-    useless |= {"sync_every"} if sync not in ("", *SYNC[1:]) else set()  # frozen, or a name that says both
-    useless |= {"sync_limit", "sync_distance"} if sync not in ("", "adaptive") else set()
-    useless |= {"sync_space"} if sync in ("frozen", "hard") else set()
+    known = {name for names in SYNC.values() for name in names}
+    useless = known - set(SYNC.get(sync, NAMED_SYNC)) if sync else set()
     for key, given in list(file.items()):
         if setting_of(key) in overridden:
             del file[key]
@@ -121,25 +156,25 @@ def _override(file: dict[str, Given], line: dict[str, Given]) -> list[str]:
 
 
 def _takes_null(key: str) -> bool:
-    return describe(types()[key]).endswith("null") and key != "report_to"  # its "null" is the text none
+    return describe(type_of(key)).endswith("null") and key != "report_to"  # its "null" is the text none
 
 
 def _unknown(key: str) -> tuple[str, str | None]:
     """Why `key` is refused, and the key that was probably meant."""
     if key in ADVICE:
         return f"{key} is not a setting of lorat: {ADVICE[key]}.", None
-    if key in _NOT_SETTABLE:
+    if key in NOT_SETTABLE:
         return f"{key} cannot be written in a file; remove it.", None
-    guess = nearest(key, types())
+    guess = nearest(key, sorted(names()))
     advice = f"did you mean {guess}?" if guess else "`lorat train --help` lists the settings."
     return f"{key} is not a setting of lorat; {advice}", guess
 
 
 def _wrong_type(key: str, value: Any, error: str) -> str:
-    expected = describe(types()[key])
+    expected = describe(type_of(key))
     if error == "no value given":
         return f"--{key} has no value; give it {expected}."
-    allowed = choices(types()[key])
+    allowed = choices(type_of(key))
     guess = nearest(str(value), allowed)
     if guess and len(allowed) > 8:
         expected = f"one of the {len(allowed)} that there are"
@@ -161,6 +196,8 @@ def _evaluation(values: dict[str, Any], given: dict[str, Given]) -> list[str]:
 
 def _build(values: dict[str, Any], missing: list[str]) -> TrustRegionConfig:
     """`TrustRegionConfig(**values)`; its contradictions join what is `missing` in one `ConfigError`."""
+    from .config import TrustRegionConfig
+
     try:
         return TrustRegionConfig(**values)
     except ConfigError as error:

@@ -76,9 +76,11 @@ def _as(value: Any, kind: Any, or_text: bool = False) -> Any:
     if base is dict:
         if isinstance(value, str) and value.startswith("{"):
             value = yaml.load(value, Loader)
+        elif isinstance(value, str) and names_of(kind):
+            value = mapping(value)
         if not isinstance(value, dict):
             raise ValueError
-        return value
+        return {str(k): _name(v) for k, v in value.items()} if names_of(kind) else value
     if not isinstance(value, str):
         raise ValueError
     word = value.strip().lower()
@@ -105,6 +107,27 @@ def _split(text: str) -> list[str]:
     return re.split(r"\s*,\s*", text) if _NAMES.fullmatch(text) else [text]
 
 
+def names_of(kind: Any) -> bool:
+    """Whether a type is a mapping of names to names, which `name=name,name=name` can write."""
+    return get_origin(kind) is dict and get_args(kind)[1] != Any
+
+
+def mapping(text: str) -> dict[str, str | None]:
+    """`prompt=question,system=` as {"prompt": "question", "system": None}. Raises `ValueError` for anything else."""
+    pairs = [part.partition("=") for part in text.split(",") if part.strip()]
+    if not pairs or any(not equals or not key.strip() for key, equals, _ in pairs):
+        raise ValueError("not written as part=column,part=column")
+    if len({key.strip() for key, *_ in pairs}) < len(pairs):
+        raise ValueError("a part is given twice")
+    return {key.strip(): name.strip() or None for key, _, name in pairs}
+
+
+def _name(value: Any) -> str | None:
+    if isinstance(value, bool | list | dict):
+        raise ValueError
+    return None if value is None or value == "" else str(value)
+
+
 def describe(hint: Any) -> str:
     """A type in words: "a number", "one of: dpo, ipo, kto", "a whole number or null"."""
     names = {bool: "true or false", int: "a whole number", float: "a number", str: "text", type(None): "null"}
@@ -112,7 +135,8 @@ def describe(hint: Any) -> str:
     words = []
     for kind in _kinds(hint):
         allowed = _choices(kind)
-        words.append(f"one of: {', '.join(map(str, allowed))}" if allowed else names[get_origin(kind) or kind])
+        word = names[get_origin(kind) or kind] if not allowed else f"one of: {', '.join(map(str, allowed))}"
+        words.append("a mapping of names, such as prompt=question,chosen=good" if names_of(kind) else word)
     return " or ".join(words)
 
 

@@ -12,27 +12,16 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError
 from ..reference import PRESETS, preset
+from .table import METHODS, NAMED_SYNC, OWN, SYNC
 
 if TYPE_CHECKING:
     from .config import TrustRegionConfig
-
-CHOICES = {
-    "method": ("dpo", "ipo", "kto"),
-    "quantize_embeddings": (None, "8bit", "4bit"),
-    "sync_space": (None, "product", "factors"),
-    "overlong": ("truncate", "drop"),
-    "dtype": ("auto", "bfloat16", "float16", "float32"),
-    "bnb_4bit_quant_type": ("nf4", "fp4"),
-}
-
-
-SYNC = ("frozen", "soft", "hard", "adaptive")
 
 
 def check_config(config: TrustRegionConfig) -> None:
     """Raise one `ConfigError` that names every contradiction in `config`; return None if there is none."""
     problems = [*_choices(config), *_method(config), *_reference(config), *_adapter(config), *_data(config)]
-    problems += _run(config)
+    problems += [*_rows(config), *_run(config)]
     if problems:
         head = "This configuration cannot work:" if len(problems) > 1 else "This setting cannot work:"
         raise ConfigError("\n".join([head, *(f"  - {p}" for p in problems)]))
@@ -43,9 +32,10 @@ def _number(value: Any) -> bool:
 
 
 def _choices(c: TrustRegionConfig):
-    for name, allowed in CHOICES.items():
-        if getattr(c, name) not in allowed:
-            yield f"{name}={getattr(c, name)!r} is not known; set one of: {', '.join(a for a in allowed if a)}."
+    for name, setting in OWN.items():
+        value = getattr(c, name)
+        if setting.choices and value not in setting.choices and not (setting.null and value is None):
+            yield f"{name}={value!r} is not known; set one of: {', '.join(setting.choices)}."
 
 
 def _method(c: TrustRegionConfig):
@@ -59,23 +49,36 @@ def _method(c: TrustRegionConfig):
             f"label_smoothing={c.label_smoothing} says that half of the labels or more are flipped; "
             "set 0 <= label_smoothing < 0.5."
         )
-    if c.label_smoothing and c.method != "dpo":
-        yield f"label_smoothing={c.label_smoothing} belongs to DPO, method is {c.method}; remove it or set method: dpo."
-    if c.robust and c.method != "dpo":
-        yield f"robust=True is a form of DPO, method is {c.method}; remove it or set method: dpo."
     if c.robust and c.method == "dpo" and not c.label_smoothing:
         yield "robust=True without label_smoothing is plain DPO; set label_smoothing (e.g. 0.1) or remove robust."
-    if c.length_normalize and c.method == "kto":
-        yield "length_normalize is not defined for KTO, whose baseline is a sum over tokens; remove it."
     for name in ("desirable_weight", "undesirable_weight"):
+        if not _number(getattr(c, name)) or getattr(c, name) < 0:
+            yield f"{name}={getattr(c, name)} would reward the opposite; set it to 0 or more."
+    if not _number(c.sft_weight) or c.sft_weight < 0:
+        yield f"sft_weight={c.sft_weight} would push the chosen completions away; set it to 0 or more."
+    yield from _of_other_methods(c)
+
+
+def _of_other_methods(c: TrustRegionConfig):
+    """Settings that belong to methods of which none is chosen, as the table has it."""
+    owners: dict[str, list[str]] = {}
+    for method, (_, names) in METHODS.items():
+        for name in names:
+            owners.setdefault(name, []).append(method)
+    for name, methods in owners.items():
         value = getattr(c, name)
-        if not _number(value) or value < 0:
-            yield f"{name}={value} would reward the opposite; set it to 0 or more."
-        elif value != 1.0 and c.method != "kto":
-            yield f"{name}={value} belongs to KTO, method is {c.method}; remove it or set method: kto."
+        if c.method in methods or value == OWN[name].default or value is False:
+            continue
+        if (name, c.method) == ("length_normalize", "kto"):
+            yield "length_normalize is not defined for KTO, whose baseline is a sum over tokens; remove it."
+            continue
+        *titles, last = (METHODS[m][0] for m in methods)
+        known = f"{', '.join(titles)} and {last}" if titles else last
+        yield f"{name}={value} belongs to {known}, method is {c.method}; remove it or set method: {methods[0]}."
 
 
 def _reference(c: TrustRegionConfig):
+    belong = SYNC.get(c.sync, NAMED_SYNC) if isinstance(c.sync, str) else NAMED_SYNC
     if c.sync_alpha is not None and (not _number(c.sync_alpha) or not 0 <= c.sync_alpha <= 1):
         yield (
             f"sync_alpha={c.sync_alpha} is outside [0, 1]: the reference would run past the policy or away from it; "
@@ -86,7 +89,7 @@ def _reference(c: TrustRegionConfig):
             f"sync_every={c.sync_every} is not a number of optimiser steps; "
             "set a whole number of at least 1 (or sync: frozen, to never move the reference)."
         )
-    named = c.sync not in SYNC
+    named = c.sync not in tuple(SYNC)
     if named:
         try:
             preset(c.sync)
@@ -111,7 +114,7 @@ def _reference(c: TrustRegionConfig):
         value = getattr(c, name)
         if value is not None and (not _number(value) or value < 0):
             yield f"{name}={value} is no limit; set a number of at least 0 (usual: 0.01 to 0.1 nats a token)."
-        if value is not None and c.sync != "adaptive":
+        if value is not None and name not in belong:
             yield f"{name}={value} belongs to sync: adaptive, sync is {c.sync}; remove one of them."
     if c.sync == "adaptive" and c.sync_limit is None and c.sync_distance is None:
         yield (
@@ -120,7 +123,7 @@ def _reference(c: TrustRegionConfig):
         )
     if c.sync == "adaptive" and c.sync_alpha == 0:
         yield "sync=adaptive with sync_alpha=0 would never move the reference; set sync: frozen, or a share above 0."
-    if c.sync_space is not None and c.sync in ("frozen", "hard"):
+    if c.sync_space is not None and "sync_space" not in belong:
         yield f"sync_space={c.sync_space} says how to blend, sync={c.sync} never does; remove one of them."
     if c.ref_rank is not None and (not _number(c.ref_rank) or c.ref_rank % 1 or c.ref_rank < (c.lora_r or 1)):
         yield f"ref_rank={c.ref_rank} cannot hold a policy of lora_r={c.lora_r}; set a whole number from there on."
@@ -150,6 +153,24 @@ def _data(c: TrustRegionConfig):
             f"max_prompt_length={c.max_prompt_length} leaves no room for a completion in max_length={c.max_length}; "
             "set max_prompt_length below max_length."
         )
+
+
+def _rows(c: TrustRegionConfig):
+    for name, example in (("columns", "{prompt: question}"), ("chat_template_kwargs", "{enable_thinking: false}")):
+        value = getattr(c, name)
+        if value is not None and not isinstance(value, dict):
+            yield f"{name}={value!r} is no mapping; write one, such as {name}: {example}."
+    wrong = [
+        f"{role}: {column}"
+        for role, column in (c.columns.items() if isinstance(c.columns, dict) else ())
+        if not _column(role, column)
+    ]
+    if wrong:
+        yield f"columns has {', '.join(wrong)}, and maps a part of a row to a column's name; set e.g. prompt: question."
+
+
+def _column(role: Any, column: Any) -> bool:
+    return isinstance(role, str) and (column is None or isinstance(column, str))
 
 
 def _run(c: TrustRegionConfig):

@@ -31,7 +31,8 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from ..errors import CheckpointError, ConfigError, ModelError
-from ..reference import POLICY, REFERENCE, UpdateRule, adapter_parameters, copy_, distance, paired
+from ..reference import POLICY, REFERENCE, UpdateRule, adapter_parameters, copy_, paired
+from ..reference.moving import MovingReference
 
 logger = logging.getLogger("lorat")
 
@@ -43,7 +44,7 @@ class ReferenceSyncCallback(TrainerCallback, ExportableState):
 
     Pass it to the trainer's constructor (`callbacks=[...]`) rather than to `add_callback`: the reference is then there
     before anything is computed or loaded. `rule`: an `UpdateRule`, or its settings as a mapping. Logs
-    `reference/updates`, `reference/lag` (the reference's age in steps) and `reference/distance`. Raises `ConfigError`
+    `reference/updates`, `reference/lag` (the reference's age in steps), `reference/distance` and `reference/error`. Raises `ConfigError`
     for what cannot work, `ModelError` for adapters that do not pair up, `CheckpointError` where the saved reference
     cannot be put back exactly.
     """
@@ -94,18 +95,13 @@ class ReferenceSyncCallback(TrainerCallback, ExportableState):
         state.stateful_callbacks.setdefault(type(self).__name__, self.state())
 
     def on_step_end(self, args, state, control, model=None, **kwargs) -> None:
-        assert self._model is not None, "on_train_begin comes first"
-        self.rule.after_step_(self._model, state.global_step, source=self.source, target=self.target)
+        self._moving().after_step(state.global_step)
 
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
         """Add to the log's history, and to `logs` for the callbacks that come after this one."""
         if self._model is None or logs is None or "loss" not in logs or not state.is_world_process_zero:
             return
-        more = {
-            "reference/updates": self.rule.updates,
-            "reference/lag": self.rule.age,
-            "reference/distance": distance(self._model, self.source, self.target),
-        }
+        more = self._moving().logs()
         logs.update(more)
         if state.log_history:
             state.log_history[-1].update(more)
@@ -123,6 +119,10 @@ class ReferenceSyncCallback(TrainerCallback, ExportableState):
         aside = folder / f"{STATE}.new"
         aside.write_text(json.dumps(content, indent=2))
         os.replace(aside, folder / STATE)
+
+    def _moving(self) -> MovingReference:
+        assert self._model is not None, "on_train_begin comes first"
+        return MovingReference(self._model, self.rule, self.source, self.target)
 
     # ---- the adapter ----
 

@@ -1,14 +1,12 @@
-"""What happens around the Trainer's steps: signals are heeded, progress is shown, tokens are counted."""
+"""What happens around the Trainer's steps: the reference moves, signals are heeded, progress is shown."""
 
 from __future__ import annotations
 
 import signal
 import threading
-import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
 from rich.console import Console, Group
 from rich.live import Live
 from rich.panel import Panel
@@ -16,8 +14,28 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 from transformers import TrainerCallback
 
-if TYPE_CHECKING:
-    from .trainer import TrustRegionTrainer
+from ..ranks import Ranks
+from ..reference.moving import MovingReference
+from .meters import Meters
+
+
+class ReferenceCallback(TrainerCallback):
+    """Moves the reference after each optimiser step. `drift`: of the step just taken, nats a token."""
+
+    def __init__(self, reference: MovingReference, drift: Callable[[], float]) -> None:
+        self.reference, self.drift = reference, drift
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        self.reference.rewind(state.global_step)
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        self.reference.after_step(state.global_step, self.drift)
+
+    def on_log(self, args, state, control, **kwargs) -> None:
+        self.reference.flush()
+
+    def on_train_end(self, args, state, control, **kwargs) -> None:
+        self.reference.flush()
 
 
 class SignalCallback(TrainerCallback):
@@ -27,8 +45,8 @@ class SignalCallback(TrainerCallback):
     micro-batches. On several ranks the signal that one of them received stops all of them at the same step.
     """
 
-    def __init__(self, trainer: TrustRegionTrainer) -> None:
-        self.trainer = trainer
+    def __init__(self, ranks: Ranks) -> None:
+        self.ranks = ranks
         self.received: int | None = None
         self._before: dict[int, Any] = {}
 
@@ -45,8 +63,7 @@ class SignalCallback(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
         if args.world_size > 1:
-            flag = torch.tensor(self.received or 0, device=args.device)
-            self.received = int(self.trainer.accelerator.gather(flag).max().item()) or None
+            self.received = self.ranks.max(self.received or 0) or None
         if self.received is not None and state.global_step < state.max_steps:
             control.should_save = control.should_training_stop = True
             control.should_evaluate = False  # the checkpoint first: whoever sent the signal may not wait
@@ -62,22 +79,26 @@ class SignalCallback(TrainerCallback):
 
 
 class ProgressCallback(TrainerCallback):
-    """A bar with loss, accuracy, margin, tokens/s and the reference's last move; plain lines where no terminal is."""
+    """A bar with loss, accuracy, margin, tokens/s and the reference's last move; plain lines where no terminal is.
 
-    def __init__(self, trainer: TrustRegionTrainer, label: str = "") -> None:
-        self.trainer = trainer
+    `opening_lines`: what is said before a run of so many steps.
+    """
+
+    def __init__(
+        self, label: str, opening_lines: Callable[[int], list[str]], reference: MovingReference, meters: Meters
+    ) -> None:
+        self.label, self.opening_lines, self.reference, self.meters = label, opening_lines, reference, meters
         self.console = Console(stderr=True)
-        self.label = label or f"{trainer.args.method.upper()} {trainer.args.sync}"
         self.bar: Progress | None = None
         self.live: Live | None = None
         self.line = Text("", style="cyan", overflow="ellipsis", no_wrap=True)
         self.words = ""
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
-        self.trainer.tokens.restart()
+        self.meters.restart()
         if not state.is_world_process_zero or args.disable_tqdm:
             return
-        lines = self.trainer.opening_lines(state.max_steps)
+        lines = self.opening_lines(state.max_steps)
         if self.console.is_terminal:
             self.console.print(Panel("\n".join(lines), title=f"[bold]{self.label}", title_align="left", expand=False))
             self.bar = Progress(
@@ -116,7 +137,7 @@ class ProgressCallback(TrainerCallback):
             )
 
     def _moved(self) -> str:
-        rule = self.trainer.rule
+        rule = self.reference.rule
         return f"  ref moved at {rule.last_step}" if rule.updates else ""
 
     def on_train_end(self, args, state, control, **kwargs) -> None:
@@ -140,30 +161,3 @@ def describe_metrics(logs: dict[str, float]) -> str:
     names += [("kl", "z0", "{:.3f}"), ("tokens_per_second", "tok/s", "{:,.0f}")]
     parts = [f"{word} {form.format(logs[prefix + key])}" for key, word, form in names if prefix + key in logs]
     return ("eval: " if prefix and parts else "") + "  ".join(parts)
-
-
-class Throughput:
-    """Tokens that were trained on: `local` on this rank since the last log, `total` on all ranks before it."""
-
-    def __init__(self) -> None:
-        self.local = self.total = 0
-        self._at = time.perf_counter()
-
-    def restart(self) -> None:
-        """Begin the clock anew, without what came before."""
-        self._at = time.perf_counter()
-
-    def skip(self, seconds: float) -> None:
-        """Leave out time in which nothing was trained on."""
-        self._at += seconds
-
-    def lap(self, summed: Callable[[torch.Tensor], torch.Tensor]) -> tuple[int, float]:
-        """`(total, tokens per second since the last call)`; `summed` adds a tensor over ranks."""
-        new, now = self.pending(summed), time.perf_counter()
-        rate = new / max(now - self._at, 1e-9)
-        self.local, self.total, self._at = 0, self.total + new, now
-        return self.total, rate
-
-    def pending(self, summed: Callable[[torch.Tensor], torch.Tensor]) -> int:
-        """Tokens of all ranks since the last log."""
-        return int(summed(torch.tensor([self.local])).item())

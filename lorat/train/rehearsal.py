@@ -6,7 +6,7 @@ optimiser's state that the first step will allocate. Nothing is updated, and no 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
@@ -15,63 +15,60 @@ from transformers import TrainerCallback
 
 from ..packs.packing import Batch
 from ..reference import POLICY, adapter_parameters
-from .engine import Baseline
-
-if TYPE_CHECKING:
-    from .trainer import TrustRegionTrainer
+from .scorer import Baseline, Scorer
 
 
 class RehearsalCallback(TrainerCallback):
-    """Rehearses on a GPU, at the start of training."""
+    """Rehearses on a GPU, at the start of training, the packs that batches of `batch_size` rows of `dataset` can make."""
 
-    def __init__(self, trainer: TrustRegionTrainer) -> None:
-        self.trainer = trainer
+    def __init__(self, scorer: Scorer, dataset: Any, batch_size: int) -> None:
+        self.scorer, self.dataset, self.batch_size = scorer, dataset, batch_size
 
-    def on_train_begin(self, args, state, control, **kwargs) -> None:
+    def on_train_begin(self, args, state, control, optimizer=None, **kwargs) -> None:
         if args.device.type == "cuda":
-            rehearse(self.trainer)
+            rehearse(self.scorer, self.dataset, self.batch_size, optimizer)
             torch.cuda.empty_cache()
 
 
-def fullest(trainer: TrustRegionTrainer, prompts: bool = True) -> list[dict[str, Any]]:
+def fullest(scorer: Scorer, dataset: Any, batch_size: int, prompts: bool = True) -> list[dict[str, Any]]:
     """The examples that fill one pack the most, longest first, by all their tokens or by completion tokens alone.
 
-    At most a device batch of them; twice that for KTO, whose mismatched completions may share the pack.
+    At most a device batch of them; twice that for a method with companions, which may share the pack.
     """
-    packer, objective, dataset = trainer.engine.packer, trainer.engine.objective, trainer.train_dataset
+    packer, method = scorer.packer, scorer.method
     columns = [name for name in dataset.column_names if name.endswith("_ids") and (prompts or name != "prompt_ids")]
     lengths = [pc.list_value_length(dataset.with_format("arrow")[:][name]).to_numpy() for name in columns]
-    most = trainer.args.per_device_train_batch_size * (2 if objective.baseline else 1)
+    most = batch_size * (2 if method.companions else 1)
     chosen: list[dict[str, Any]] = []
     for i in np.argsort(-sum(lengths), kind="stable")[: 4 * most].tolist():
         example = dataset[i]
-        if len(chosen) < most and len(packer.split([objective.group(e) for e in [*chosen, example]])) == 1:
+        if len(chosen) < most and len(packer.split([method.group(e) for e in [*chosen, example]])) == 1:
             chosen.append(example)
     return chosen
 
 
-def rehearse(trainer: TrustRegionTrainer) -> list[int]:
+def rehearse(scorer: Scorer, dataset: Any, batch_size: int, optimizer: Any) -> list[int]:
     """Forward and backward of the fullest packs; returns their tokens. Parameters, gradients and random state stay."""
-    engine, model = trainer.engine, trainer.model
-    policy = list(adapter_parameters(model, POLICY).values())
-    states = _missing_state(trainer.optimizer, policy)
-    training = model.training
+    models, device = scorer.models, scorer.ranks.device
+    policy = list(adapter_parameters(models.peft, POLICY).values())
+    states = _missing_state(optimizer, policy)
+    training = models.peft.training
     tokens = []
-    model.train()
+    models.peft.train()
     try:
-        with torch.random.fork_rng([trainer.args.device] if trainer.args.device.type == "cuda" else []):
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
             for prompts in (True, False):
-                batch = Batch(fullest(trainer, prompts))
+                planned = scorer.plan(Batch(fullest(scorer, dataset, batch_size, prompts)))
                 room = [torch.empty_like(p) for p in policy for _ in range(states)]
-                z0 = Baseline(torch.zeros((), device=trainer.args.device))
-                out, _ = engine.outcome(model, batch, list(range(len(batch))), z0)
+                none = Baseline(torch.zeros((), device=device))
+                out, _ = scorer.score(models, planned, list(range(len(planned.batch))), none)
                 out.losses.mean().backward()
                 del room, out
-                tokens.append(engine.packer.tokens(engine.groups(batch)))
+                tokens.append(scorer.packer.tokens(planned.counted))
     finally:
         for p in policy:
             p.grad = None
-        model.train(training)
+        models.peft.train(training)
     return tokens
 
 

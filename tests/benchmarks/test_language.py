@@ -54,7 +54,7 @@ def test_a_world_is_made_once_and_measured_by_its_own_reward(folder):
     assert len(pairs) == 8 * 4
     wrong = [toy.gold_reward(p["prompt"], p["chosen"]) < toy.gold_reward(p["prompt"], p["rejected"]) for p in pairs]
     assert found["labels against gold"] == sum(wrong) / 32
-    base, tokenizer = load_base(config_of(RECIPE, folder)), toy.make_tokenizer()
+    base, tokenizer = load_base(config_of(RECIPE, folder).base()), toy.make_tokenizer()
     said = toy.sample(base, tokenizer, list(toy.PROMPTS), seed=3 + 3)
     assert found["gold"] == pytest.approx(sum(map(toy.gold_reward, toy.PROMPTS, said)) / 72)
     assert found["ood"] == sum(not toy.grammatical(text) for text in said) / 72

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import subprocess
 import sys
@@ -65,7 +66,9 @@ def test_a_checkpoint_is_not_mapped_while_it_is_loaded_in_4bit(tmp_path, monkeyp
         return quantize(*args, **kwargs)
 
     monkeypatch.setattr(bnb, "quantize_4bit", looking)
-    load_base(TrustRegionConfig(output_dir=str(tmp_path), model_name_or_path=str(folder), use_cpu=True, bf16=False))
+    load_base(
+        TrustRegionConfig(output_dir=str(tmp_path), model_name_or_path=str(folder), use_cpu=True, bf16=False).base()
+    )
     assert len(seen) == 8 and not any(seen)
     assert modeling_utils.safe_open is opened
 
@@ -73,7 +76,8 @@ def test_a_checkpoint_is_not_mapped_while_it_is_loaded_in_4bit(tmp_path, monkeyp
 def test_the_watch_sees_memory_that_comes_and_goes():
     with loading.Watch() as watch:
         before = loading.status()["RssAnon"]
-        block = bytearray(b"x" * 64_000_000)
+        block = mmap.mmap(-1, 64_000_000, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # no hole of the heap serves it
+        block.write(b"x" * 64_000_000)
         watch.most = {k: max(v, watch.most[k]) for k, v in loading.status().items()}
         del block
     assert 60 < watch.most["RssAnon"] - before < 200

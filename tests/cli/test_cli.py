@@ -9,13 +9,14 @@ import shutil
 import signal
 import subprocess
 import sys
+from importlib import import_module
 
 import pytest
 from safetensors.torch import load_file
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-from lorat.cli.main import main
-from tests.helpers.worlds import make_pairs
+from lorat.cli.main import COMMANDS, main, usage
+from tests.helpers.worlds import ROOT, make_pairs
 
 
 @pytest.fixture
@@ -132,7 +133,7 @@ def test_a_folder_with_another_run_is_refused_before_the_model_is_loaded(run, ca
 
 
 def test_a_signal_ends_with_its_status_and_says_how_to_go_on(run, capsys, monkeypatch):
-    from lorat.train.movement import ReferenceCallback
+    from lorat.train.callbacks import ReferenceCallback
 
     move = ReferenceCallback.on_step_end
 
@@ -155,12 +156,12 @@ def test_a_signal_ends_with_its_status_and_says_how_to_go_on(run, capsys, monkey
 def test_out_of_gpu_memory_says_what_to_set(run, capsys, monkeypatch):
     import torch
 
-    from lorat.train.engine import Engine
+    from lorat.train.scorer import Scorer
 
     def full(*args, **kwargs):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
 
-    monkeypatch.setattr(Engine, "outcome", full)
+    monkeypatch.setattr(Scorer, "score", full)
     assert run() == 1
     said = capsys.readouterr().err
     assert "max_tokens_per_pack=8192" in said and "Tried to allocate 2.00 GiB" in said and "Traceback" not in said
@@ -179,6 +180,25 @@ def test_help_version_and_unknown_commands(capsys):
     assert main(["trian"]) == 2 and "'trian' is not a command" in capsys.readouterr().err
     assert main(["train", "--help"]) == 0 and "sync_every" in capsys.readouterr().out
     assert main(["train"]) == 2 and "output_dir" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "lorat/cli").glob("*.py")), ids=lambda p: p.stem)
+def test_a_command_is_a_file_of_one_shape(path, capsys):
+    """Every file of the folder but the door and what commands share: listed, and run by `add_arguments` and `run`."""
+    if path.stem in ("__init__", "main", "options", "terminal"):
+        return
+    assert path.stem in COMMANDS and f"lorat {path.stem} " in usage()
+    command = import_module(f"lorat.cli.{path.stem}")
+    assert callable(command.add_arguments) and callable(command.run)
+    assert main([path.stem, "--help"]) == 0 and "--help" in capsys.readouterr().out
+    assert main([path.stem, "--no-such-option", "1"]) == 2
+    said = capsys.readouterr().err
+    assert "are required" in said or "no_such_option is not a setting" in said or "--no-such-option" in said
+    assert "Traceback" not in said
+
+
+def test_every_command_has_a_file():
+    assert all((ROOT / "lorat" / "cli" / f"{name}.py").is_file() for name in COMMANDS)
 
 
 def test_help_can_be_cut_off():

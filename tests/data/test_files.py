@@ -13,6 +13,8 @@ import datasets
 import pyarrow as pa
 import pytest
 from datasets import Dataset
+from datasets.data_files import DataFilesDict, DataFilesList
+from datasets.packaged_modules.json.json import JsonConfig
 
 from lorat.data import shapes
 from lorat.data.reading import load_preference_data
@@ -294,10 +296,7 @@ def test_json_of_the_hub_is_read_as_written_too(tmp_path, monkeypatch):
     """`datasets` finds and downloads the files; they lie under names of its own."""
     rows = [{"chosen": '"Yes"'}, {"chosen": 6}]
     jsonl(tmp_path / "blob", rows)
-    from datasets.packaged_modules.json.json import JsonConfig
-
-    config = JsonConfig()
-    config.data_files = {"test": ["hf://datasets/o/n@1/test.jsonl"]}
+    config = JsonConfig(data_files=DataFilesDict(test=DataFilesList(["hf://datasets/o/n@1/test.jsonl"], [()])))
     builder = SimpleNamespace(name="json", config=config)
     monkeypatch.setattr(datasets, "load_dataset_builder", lambda *a: builder)
     monkeypatch.setattr(datasets.DownloadManager, "download", lambda self, urls: [str(tmp_path / "blob") for _ in urls])

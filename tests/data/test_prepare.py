@@ -394,9 +394,12 @@ def test_other_bad_input(tokenizer):
 
 
 def test_torch_formatted_data_is_read_as_python(tokenizer):
-    raw = Dataset.from_dict({"prompt": [w(2)], "completion": [w(3)], "label": [1]}).with_format("torch")
+    raw = Dataset.from_dict({"prompt": [w(2), w(2)], "completion": [w(3), w(4)], "label": [1, 0]}).with_format("torch")
     rows, _ = run(raw, tokenizer, "kto")
-    assert rows == [{"row": 0, "prompt_ids": [2], "completion_ids": [3, 0], "label": True}]
+    assert rows == [
+        {"row": 0, "prompt_ids": [2], "completion_ids": [3, 0], "label": True},
+        {"row": 1, "prompt_ids": [2], "completion_ids": [4, 0], "label": False},
+    ]
 
 
 def test_lengths_by_nearest_rank(tokenizer):
@@ -458,16 +461,3 @@ def test_real_dialogues_truncated(real):
     assert cut == report.completions_cut > 0
     longest = max(len(tokenizer(r[side]).input_ids) + 1 for r in raw for side in ("chosen", "rejected"))
     assert f"the longest row has {longest} tokens" in report.render()
-
-
-def test_processes_share_the_work_and_change_nothing(tokenizer, monkeypatch):
-    rows = [(w(2), w(3), w(4)), (w(2), "", w(4)), (w(2, 3, 4, 5), w(5), w(6)), (w(2), w(3), w(3))] * 6
-    asked = []
-    plain = Dataset.map
-    monkeypatch.setattr(Dataset, "map", lambda *a, **k: asked.append(k.get("num_proc")) or plain(*a, **k))
-    alone, report = run(pairs(*rows), tokenizer, max_length=4)
-    together, same = run(pairs(*rows), tokenizer, max_length=4, num_proc=3)
-    assert [n for n in asked if n] == [3]
-    assert together == alone and same == report
-    assert [row["row"] for row in alone] == [n for n in range(24) if n % 4 in (0, 2)] and report.prompts_cut == 6
-    assert report.dropped["empty completion"] == [n for n in range(24) if n % 4 == 1]

@@ -130,20 +130,27 @@ def test_bos_of_the_template_is_not_doubled_and_missing_eos_is_added():
     assert ["".join(c) for c in completions] == ["[yes]</s>", "[no][r][s]</s>"]
 
 
-def test_template_that_rewrites_the_prompt():
-    """A generation prompt that the full dialogue lacks goes; what the dialogue has instead is completion."""
+def test_template_that_opens_an_answer_which_it_then_does_not_write():
+    """An opening that is served (`<think>`) stays in the prompt: a row whose answers do not begin so is refused."""
     template = CHATML.replace("assistant\n{% endif", "assistant\n<think>{% endif")
     tokenizer = make(template=template)
-    (tokens,) = encode([CHAT], tokenizer)
-    assert tokenizer.decode(tokens.prompt) == "<|im_start|>user\nq</s>\n<|im_start|>assistant\n"
-    assert tokenizer.decode(tokens.completions[0]) == "yes</s>"
+    (reason,) = encode([CHAT], tokenizer)
+    assert "opens the answer with '<think>'" in reason
+    thought = {
+        k: [m | {"content": f"<think>so</think>{m['content']}"} for m in v] for k, v in CHAT.items() if k != "prompt"
+    }
+    (tokens,) = encode([CHAT | thought], tokenizer)
+    assert tokenizer.decode(tokens.prompt) == "<|im_start|>user\nq</s>\n<|im_start|>assistant\n<think>"
+    assert tokenizer.decode(tokens.completions[0]) == "so</think>yes</s>"
 
 
 def test_template_that_rewrites_the_prompt_within_a_token():
-    """The text is compared before it is tokenised: "x ab" and "x ac" share "x a", though no token "ab"."""
+    """ "x ab" is served and "x ac" would be trained: no answer follows what is served, and the row is refused."""
     template = "{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %} ab{% endif %}"
     chat = {key: [{"role": "user", "content": text}] for key, text in pair("x", " ac", " ad").items()}
-    assert one(chat, make(template=template)) == (["x", "Ġ", "a"], [["c", "</s>"], ["d", "</s>"]])
+    assert "writes the prompt differently" in one(chat, make(template=template))
+    answers = {key: [{"role": "assistant", "content": text}] for key, text in pair("x", " ac", " ad").items()}
+    assert "opens the answer with ' ab'" in one(answers, make(template=template))
 
 
 def test_conversations_without_a_template():

@@ -69,7 +69,7 @@ def signalled(model: str, out: str, per_device: int, **changes):
     import os
     import signal
 
-    from lorat.train.movement import ReferenceCallback
+    from lorat.train.callbacks import ReferenceCallback
 
     move = ReferenceCallback.on_step_end
 

@@ -20,7 +20,8 @@ from lorat.cli.judge import _names
 from lorat.cli.main import main
 from lorat.errors import ConfigError, DataError
 from lorat.judge.answers import Answer, join, read_answers
-from lorat.judge.prompts import FOLDER, TASKS, fill, load_prompt, parse_verdict
+from lorat.judge.prompts import FOLDER, fill, load_prompt, parse_verdict, tasks
+from lorat.judge.verdicts import thin
 from tests.helpers.judge_server import completion, failure, save_judge, serving
 
 
@@ -59,13 +60,13 @@ def test_verdicts_are_read_and_never_guessed(text, verdict):
     assert parse_verdict(text) == verdict
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", ["dialogue", "summarisation"])
 def test_the_prompts_that_come_along(task):
     template = load_prompt(task)
     asked = fill(template, "POST {a}", "ONE {b}", "TWO {prompt}")
     assert asked.index("POST {a}") < asked.index("ONE {b}") < asked.index("TWO {prompt}")  # slots in answers stay
     assert all(parse_verdict(line) for line in template.strip().splitlines()[-3:])  # what it asks for can be read
-    assert (FOLDER / f"{task}.txt").is_file()
+    assert (FOLDER / f"{task}.txt").is_file() and task in tasks()
 
 
 def write(path, rows):
@@ -311,6 +312,61 @@ def test_garbage_is_said_to_be_garbage(files, reply, words, capsys):
         assert files(url, "--concurrency", "1") == 2
     said = capsys.readouterr().err
     assert words in said and "Traceback" not in said
+
+
+NONE = [{}, {"choices": []}, {"choices": None}, {"choices": [None]}, {"choices": [{"message": None}]}, ["x"], "{torn"]
+
+
+def test_an_answer_that_is_no_completion_is_one_bad_answer_and_is_asked_again(files, capsys):
+    def answer(number, body, headers):
+        i, first, _ = shown(body)
+        bad = i < len(NONE) and first.startswith("bad") and len(seen) <= 24
+        return (200, {}, NONE[i]) if bad else prefers_good(number, body, headers)
+
+    with serving(answer) as (url, seen):
+        assert files(url) == 0
+        out = result()
+        assert (out["judged"], out["left_out"], out["refused"]) == (12 - len(NONE), len(NONE), len(NONE))
+        assert all("no chat completion" in why for why in out["refused_because"])
+        assert files(url) == 0 and len(seen) == 24 + len(NONE)  # and only those
+    assert (result()["judged"], result()["refused"]) == (12, 0)
+
+
+@pytest.mark.parametrize(
+    ("judged", "pairs", "words"),
+    [
+        (9, 9, ", from only 9 pairs"),
+        (49, 98, ", from only 49 pairs"),
+        (50, 100, ""),
+        (50, 101, ", from only 50 of 101 pairs"),
+        (1200, 3000, ", from only 1,200 of 3,000 pairs"),
+        (1500, 3000, ""),
+    ],
+)
+def test_a_rate_from_few_pairs_says_so(judged, pairs, words):
+    assert thin(judged, pairs) == words
+
+
+def test_a_rate_from_few_pairs_says_so_in_its_line(files, capsys):
+    def half(number, body, headers):
+        return completion(
+            "Verdict: " + ("A" if shown(body)[1].startswith("good") else "B" if shown(body)[0] < 5 else "?")
+        )
+
+    with serving(half) as (url, _):
+        assert files(url) == 0
+    lines = capsys.readouterr().out.splitlines()
+    rates = [line for line in lines if "win rate" in line or "at equal length" in line]
+    assert len(rates) == 2 and all("100.0%" in line and ", from only 5 of 12 pairs" in line for line in rates)
+
+
+def test_the_cache_lies_beside_the_result(files, tmp_path):
+    (tmp_path / "here").mkdir()
+    with serving(prefers_good) as (url, seen):
+        assert files(url, "--out", "here/judge.json", "--limit", "2") == 0
+        assert Path("here/judge-cache.jsonl").is_file() and not Path("judge-cache.jsonl").exists()
+        assert files(url, "--cache", "mine.jsonl", "--limit", "2") == 0 and len(seen) == 8
+    assert Path("mine.jsonl").read_text().count("\n") == 4 and not Path("judge-cache.jsonl").exists()
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])

@@ -10,9 +10,8 @@ from lorat_kernels.lora_linear import lora_linear
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from lorat.model.adapters import using_reference
 from lorat.model.fused import fits, fuse_
-from lorat.model.logprobs import Head, token_logprobs
+from lorat.model.models import Head, Models
 from lorat.packs.logprobs import per_completion
 from lorat.packs.packing import pad_rows
 from tests.helpers.architectures import SHARED, adapted, make
@@ -97,12 +96,12 @@ def test_a_model_is_what_pefts_layers_make_it(tmp_path, four_bit):
     pack, head = pad_rows(draw_groups(), 0), Head.of(policy)
 
     def measured():
-        ours = per_completion(token_logprobs(policy, head, pack), pack.lengths)
+        ours = per_completion(Models(policy, head).tokens(pack), pack.lengths)
         weighted(ours).backward()
-        with torch.no_grad(), using_reference(policy):
-            reference = token_logprobs(policy, head, pack)
+        with torch.no_grad(), Models(policy).reference():
+            reference = Models(policy, head).tokens(pack)
         with torch.no_grad(), policy.disable_adapter():
-            base = token_logprobs(policy, head, pack)
+            base = Models(policy, head).tokens(pack)
         return ours.detach(), gradients(policy), reference, base
 
     plain = measured()
@@ -194,11 +193,11 @@ def test_a_bf16_model_computes_in_bf16_without_autocast(neox, tmp_path, monkeypa
     monkeypatch.setattr(
         attention, "packed_attention", lambda *a, **k: seen.add(torch.is_autocast_enabled("cpu")) or packed(*a, **k)
     )
-    groups = [trainer.engine.objective.group(r) for r in trainer.train_dataset]
-    tokens = trainer.engine.packer.tokens(groups)
+    groups = [trainer.scorer.method.group(r) for r in trainer.train_dataset]
+    tokens = trainer.scorer.packer.tokens(groups)
     trainer.model.train()
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append((t.dtype, tuple(t.shape))) or t, lambda t: t):
-        lp = trainer.engine.logprobs(trainer.model, groups)
+        lp = trainer.models(trainer.scorer.packer.pack(groups))
     assert lp.logratios.abs().max() > 0 and seen == {autocast}
     wide = {dtype for dtype, shape in kept if tokens in shape and shape[-1] >= 64}
     if not autocast:
@@ -210,7 +209,7 @@ def test_offloading_and_checkpointing_options_reach_the_layers(tmp_path):
     from tests.helpers.worlds import run_config
 
     kwargs = {f"{CHECKPOINTING}_kwargs": {"offload": True}}
-    config = run_config("x", tmp_path, activation_checkpointing=True, **kwargs)
+    config = run_config("x", tmp_path, activation_checkpointing=True, **kwargs).resolved()
     assert getattr(config, f"{CHECKPOINTING}_kwargs") == {"use_reentrant": False, "offload": True}
 
 

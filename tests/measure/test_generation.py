@@ -18,7 +18,7 @@ from lorat.measure import generation
 from lorat.measure.generation import Request, Sampling, end_ids, fit, logits, pick, sample, uniforms
 from lorat.measure.lineup import load
 from lorat.measure.samples import Answer, check_format, markdown, render
-from lorat.model.logprobs import Head
+from lorat.model.models import Head
 from lorat.runs.folder import find
 from tests.helpers.eval_runs import make_run, plain
 from tests.helpers.worlds import make_pairs, make_tokenizer

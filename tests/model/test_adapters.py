@@ -14,15 +14,15 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from lorat.errors import ModelError
-from lorat.model.adapters import attach, load_adapter_, lora_config, using_reference
+from lorat.model.adapters import attach, load_adapter_
 from lorat.model.base import load_base, load_tokenizer
-from lorat.model.logprobs import Head, check_head
+from lorat.model.models import Head, Models, check_head
 from lorat.reference import adapter_parameters, distance
 from tests.helpers.worlds import run_config, save_neox
 
 
 def base(folder, tmp_path, **changes):
-    return load_base(run_config(folder, tmp_path / "out", **changes))
+    return load_base(run_config(folder, tmp_path / "out", **changes).base())
 
 
 def saved_adapter(folder: str, out: Path, seed: int = 0, **config) -> str:
@@ -48,13 +48,13 @@ def on_disk(folder):
 def test_a_fresh_policy_and_reference_compute_the_base(request, arch, tmp_path):
     folder = request.getfixturevalue(arch)
     config = run_config(folder, tmp_path)
-    plain = load_base(config)
+    plain = load_base(config.base())
     ids = torch.arange(3, 20)[None]
     with torch.no_grad():
         expected = plain(input_ids=ids).logits
-        model = attach(plain, lora_config(config))
+        model = attach(plain, config.adapter())
         assert torch.equal(model(input_ids=ids).logits, expected)
-        with using_reference(model):
+        with Models(model).reference():
             assert model.active_adapter == "ref"
             assert torch.equal(model(input_ids=ids).logits, expected)
     assert model.active_adapter == "default"
@@ -172,7 +172,7 @@ def test_a_folder_without_weights_or_configuration(neox, tmp_path):
     with pytest.raises(ModelError, match="no readable model configuration"):
         base(str(tmp_path), tmp_path)
     with pytest.raises(ModelError, match="no tokenizer could be loaded.*tokenizer_name_or_path"):
-        load_tokenizer(run_config(str(tmp_path), tmp_path / "out"))
+        load_tokenizer(run_config(str(tmp_path), tmp_path / "out").base())
 
 
 class Bomb:
@@ -233,9 +233,9 @@ def test_dropout_of_the_base_is_off(neox, tmp_path):
 def test_a_head_that_is_not_what_it_seems_is_found(neox, tmp_path):
     model = attach(base(neox, tmp_path), LoraConfig(target_modules=["dense"]))
     head = Head.of(model)
-    check_head(model, head, torch.device("cpu"))
+    check_head(Models(model, head), torch.device("cpu"))
     with pytest.raises(ModelError, match="silently wrong"):
-        check_head(model, Head(head.weight, head.bias, None, 1.1), torch.device("cpu"))
+        check_head(Models(model, Head(head.weight, head.bias, None, 1.1)), torch.device("cpu"))
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -246,9 +246,9 @@ def test_rounding_of_wide_16_bit_logits_is_not_taken_for_another_head(neox, tmp_
     model = attach(plain, LoraConfig(target_modules=["dense"]))
     head = Head.of(model)
     assert model(input_ids=torch.arange(3, 20)[None]).logits.abs().max() > 40
-    check_head(model, head, torch.device("cpu"))
+    check_head(Models(model, head), torch.device("cpu"))
     with pytest.raises(ModelError, match="silently wrong"):
-        check_head(model, Head(head.weight, head.bias, None, 1.2), torch.device("cpu"))
+        check_head(Models(model, Head(head.weight, head.bias, None, 1.2)), torch.device("cpu"))
 
 
 def test_a_file_that_peft_wrote_comes_back_bit_for_bit(neox, tmp_path):

@@ -8,7 +8,7 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GraniteConfig, PhiConfig
 
 from lorat.model.adapters import attach
-from lorat.model.logprobs import Head, check_head, token_logprobs
+from lorat.model.models import Head, Models, check_head
 from lorat.packs.logprobs import per_completion
 from lorat.packs.packing import pad_rows
 
@@ -44,10 +44,10 @@ def test_heads(config):
     base.requires_grad_(False)
     model = attach(base, LoraConfig(target_modules=["q_proj"]))
     head = Head.of(model)
-    check_head(model, head, torch.device("cpu"))
+    check_head(Models(model, head), torch.device("cpu"))
     pack = pad_rows([([5, 6], [[7, 8, 9]]), ([10], [[11]])], pad_id=0)
     with torch.no_grad():
-        ours = token_logprobs(model.eval(), head, pack)
+        ours = Models(model.eval(), head).tokens(pack)
         expected = []
         for prompt, completion in (([5, 6], [7, 8, 9]), ([10], [11])):
             logits = base(input_ids=torch.tensor([prompt + completion])).logits[0, :-1].double().log_softmax(-1)

@@ -10,7 +10,7 @@ import torch
 
 from lorat.errors import ConfigError, DataError
 from lorat.model import probe
-from lorat.model.logprobs import Head
+from lorat.model.models import Models
 from lorat.model.probe import why_not
 from lorat.packs import attention
 from lorat.packs.packing import share_prompts
@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 
 
 def ask(policy, longest=64, autocast=contextlib.nullcontext):
-    return why_not(policy, Head.of(policy), CPU, longest, autocast)
+    return why_not(Models(policy, autocast=autocast), CPU, longest)
 
 
 @pytest.mark.parametrize("bf16", [False, True])
@@ -127,7 +127,7 @@ def save(name, settings, folder):
 def test_a_model_that_cannot_trains_on_rows_and_says_so(tmp_path):
     folder = save("StableLm", SEPARATE["StableLm"][0], tmp_path / "model")
     trainer = trainer_for(folder, tmp_path / "run", make_pairs(8), max_steps=1)
-    assert not trainer.engine.packer.shared
+    assert not trainer.scorer.packer.shared
     assert any("one padded row" in line and "0 of its 2 layers" in line for line in trainer.opening_lines(1))
     trainer.train()
     with pytest.raises(ConfigError, match="prefix_sharing=True cannot work with StableLmForCausalLM: 0 of its 2"):
@@ -135,9 +135,9 @@ def test_a_model_that_cannot_trains_on_rows_and_says_so(tmp_path):
 
 
 def test_prefix_sharing_is_the_default_and_can_be_switched_off(neox, tmp_path):
-    assert trainer_for(neox, tmp_path / "a", make_pairs(4)).engine.packer.shared
+    assert trainer_for(neox, tmp_path / "a", make_pairs(4)).scorer.packer.shared
     trainer = trainer_for(neox, tmp_path / "b", make_pairs(4), prefix_sharing=False)
-    assert not trainer.engine.packer.shared and not trainer.separate
+    assert not trainer.scorer.packer.shared and not trainer.separate
 
 
 @pytest.mark.parametrize("shared", [True, False])

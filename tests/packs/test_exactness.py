@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from lorat.errors import ModelError
-from lorat.model.logprobs import Head, token_logprobs
+from lorat.model.models import Head, Models
 from lorat.packs import attention
 from lorat.packs.attention import NAMES, Gather, install, packed_attention, recording
 from lorat.packs.logprobs import per_completion
@@ -60,7 +60,7 @@ def compare(policy, groups):
     g_expected = gradients(policy)
     assert install(policy.get_base_model())
     pack = share_prompts(groups)
-    ours = per_completion(token_logprobs(policy, Head.of(policy), pack), pack.lengths)
+    ours = per_completion(Models(policy).tokens(pack), pack.lengths)
     weighted(ours).backward()
     g_ours = gradients(policy)
     assert g_expected.norm() > 0
@@ -88,7 +88,7 @@ def test_on_a_base_in_4_bit(name, tmp_path):
     from tests.helpers.worlds import run_config
 
     make(name, SHARED[name]).save_pretrained(tmp_path)
-    model = load_base(run_config(str(tmp_path), tmp_path, load_in_4bit=True))
+    model = load_base(run_config(str(tmp_path), tmp_path, load_in_4bit=True).base())
     assert any(p.dtype == torch.uint8 for p in model.parameters())
     assert model.config._attn_implementation == ("eager" if name == "Gemma2" else "sdpa")  # sdpa leaves a soft cap out
     nats, relative = compare(adapted(model), draw_groups())
@@ -102,7 +102,7 @@ def test_a_completion_does_not_see_its_sibling_nor_another_pair(name):
     policy = adapted(make(name, SHARED[name]))
     install(policy.get_base_model())
     head, groups = Head.of(policy), draw_groups()
-    tokens = lambda g: token_logprobs(policy, head, share_prompts(g)).detach().split(share_prompts(g).lengths)  # noqa: E731
+    tokens = lambda g: Models(policy, head).tokens(share_prompts(g)).detach().split(share_prompts(g).lengths)  # noqa: E731
     before = tokens(groups)
     prompt, (first, second) = groups[1]
     other = [(t + 7) % 90 + 3 for t in second]
@@ -112,7 +112,7 @@ def test_a_completion_does_not_see_its_sibling_nor_another_pair(name):
     seen = []
     hook = embeddings.register_forward_hook(lambda m, i, o: seen.append(o.requires_grad_()) or o)
     pack = share_prompts(groups)
-    per_completion(token_logprobs(policy, head, pack), pack.lengths)[3].backward(inputs=seen)
+    per_completion(Models(policy, head).tokens(pack), pack.lengths)[3].backward(inputs=seen)
     hook.remove()
     start = sum(len(p) + sum(map(len, cs)) for p, cs in groups[:1])
     mine = [*range(start, start + len(prompt))]
@@ -284,7 +284,7 @@ def test_a_model_that_was_not_told_of_layouts_is_refused():
     """It would drop the keyword, and every number would be wrong without a sign."""
     policy = adapted(make("Llama", SHARED["Llama"]))
     with pytest.raises(ModelError, match="install"):
-        token_logprobs(policy, Head.of(policy), share_prompts(draw_groups()))
+        Models(policy).tokens(share_prompts(draw_groups()))
 
 
 def test_padded_rows_and_shared_prompts_agree_in_bf16_to_its_rounding():
@@ -294,9 +294,9 @@ def test_padded_rows_and_shared_prompts_agree_in_bf16_to_its_rounding():
     head, groups = Head.of(policy), draw_groups()
     packs = share_prompts(groups), pad_rows(groups, 0)
     with torch.no_grad():
-        truth = token_logprobs(policy, head, packs[0])
+        truth = Models(policy, head).tokens(packs[0])
         with torch.autocast("cpu", torch.bfloat16):
-            errors = [(token_logprobs(policy, head, p) - truth).square().mean().sqrt().item() for p in packs]
+            errors = [(Models(policy, head).tokens(p) - truth).square().mean().sqrt().item() for p in packs]
     assert 0 < errors[0] < 2 * errors[1]
 
 

@@ -7,10 +7,10 @@ import random
 import pytest
 import torch
 
-from lorat.methods.objectives import mismatched
+from lorat.methods.kto import KTO
 from lorat.packs.logprobs import per_completion
 from lorat.packs.packing import Batch, collate, pad_rows, split_rows
-from lorat.train.metrics import Averages
+from lorat.train.meters import Averages
 
 
 def test_rows_are_padded_on_the_right_and_completion_tokens_predicted():
@@ -53,12 +53,12 @@ def test_mismatched_completions_are_those_of_the_next_example_drawn():
     """4 examples on one rank, as 2 + 2 on one rank, and as 1 + 1 batches on two ranks: the same partners."""
     a, b, c, d = (([i], [[10 + i]]) for i in range(4))
     expected = [([0], [[11]]), ([1], [[12]]), ([2], [[13]]), ([3], [[10]])]
-    assert mismatched([[[a, b, c, d]]], 0) == expected
-    assert mismatched([[[a, b], [c, d]]], 0) == expected
+    assert KTO(0.1).partners([[[a, b, c, d]]], 0) == expected
+    assert KTO(0.1).partners([[[a, b], [c, d]]], 0) == expected
     two = [[[a], [c]], [[b], [d]]]  # rank 0 drew a and c, rank 1 b and d
-    assert mismatched(two, 0) == [expected[0], expected[2]]
-    assert mismatched(two, 1) == [expected[1], expected[3]]
-    assert mismatched([[[a]]], 0) == []
+    assert KTO(0.1).partners(two, 0) == [expected[0], expected[2]]
+    assert KTO(0.1).partners(two, 1) == [expected[1], expected[3]]
+    assert KTO(0.1).partners([[[a]]], 0) == []
 
 
 def test_averages_weigh_examples_and_not_batches():

@@ -14,10 +14,10 @@ from torch import nn
 from benchmarks.step.models import SHAPES, configuration
 from lorat.cli.main import main
 from lorat.errors import ConfigError, ModelError
-from lorat.model.adapters import attach, lora_config
+from lorat.model.adapters import attach
 from lorat.model.base import load_base
 from lorat.model.fused import fuse_, native
-from lorat.model.logprobs import Head, policy_and_reference
+from lorat.model.models import Head, Models
 from lorat.packs import attention
 from lorat.packs.packing import share_prompts
 from lorat.plan import stand_ins
@@ -101,7 +101,7 @@ ITEMS = {
 def test_bytes_that_stay_are_those_of_the_real_model(name, settings, saved, tmp_path):
     changes = {} if name == "Mixtral" else SETTINGS[settings]  # its experts have ranks of their own
     config = run_config(saved(name), tmp_path, **{"dtype": "float32"} | changes)
-    real = attach(load_base(config), lora_config(config), ref_rank=config.ref_rank)
+    real = attach(load_base(config.base()), config.adapter(), ref_rank=config.ref_rank)
     planner = Planner(config, real.config)
     predicted = {i.name: i.bytes for i in planner.static}
     found = real_bytes(real)
@@ -154,7 +154,7 @@ def test_optimiser_state_is_that_of_the_real_one(optim, tmp_path):
 
 def real_step(config, folder, groups):
     """A real pass on the CPU: bytes that wait for the backward, and the ledger of real storages."""
-    model = attach(load_base(config), lora_config(config))
+    model = attach(load_base(config.base()), config.adapter())
     fuse_(model)
     attention.install(model.get_base_model())
     model.train()
@@ -174,7 +174,7 @@ def real_step(config, folder, groups):
     with ledger:
         ledger.own([*model.parameters(), *model.buffers(), pack.input_ids])
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-            out = policy_and_reference(model, head, pack)
+            out = Models(model, head)(pack)
         kept = sum(size for ref, size in waiting.values() if ref() is not None)
         out.logratios.sum().backward()
         del out

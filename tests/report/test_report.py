@@ -14,8 +14,8 @@ from lorat.cli.main import main
 from lorat.errors import ConfigError, DataError
 from lorat.report import plots
 from lorat.report.page import render, write_report
-from lorat.report.tables import settings_tables, shown
-from lorat.runs.log import read_run, read_runs
+from lorat.report.tables import results, settings_tables, shown
+from lorat.runs.log import RunLog, read_run, read_runs
 from tests.helpers.worlds import make_pairs
 
 
@@ -246,6 +246,9 @@ def test_results_and_samples_are_shown_side_by_side(tmp_path):
     assert page.table("comparison")[1:] == [["x against y", "m", "62.5% (50.0% to 75.0%)", "–", "3 / 1 / 2"]]
     assert ["value", "0.125"] in [row for table in page.cells for row in table]
     assert ["loss", "0.25"] in [row for table in page.cells for row in table]
+    counted = {**judged, "wins": 3, "ties": 1, "losses": 2, "judged": 6, "pairs": 20}
+    (grid,) = results([RunLog("run", folder, results={"judge.json": counted})])
+    assert grid.rows[0][2] == "62.5% (50.0% to 75.0%), from only 6 of 20 pairs"
     samples = page.table("prompt")
     assert samples == [
         ["prompt", "run: policy", "run: start", "run: samples", "sft"],

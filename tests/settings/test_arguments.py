@@ -14,7 +14,8 @@ from lorat.settings import arguments, coercion
 from lorat.settings.aliases import ADVICE, ALIASES, CHECKPOINTING, LOSSES
 from lorat.settings.arguments import help_text, parse_config, translate_trl, types
 from lorat.settings.coercion import coerce, describe
-from lorat.settings.config import GROUPS, TrustRegionConfig
+from lorat.settings.config import TrustRegionConfig
+from lorat.settings.table import GROUPS, METHODS
 
 BASE = "model_name_or_path: some/model\ndataset_name: pairs.jsonl\noutput_dir: out\nuse_cpu: true\n"
 
@@ -176,7 +177,7 @@ def test_every_default_reads_back():
         ("sync_every: often", ["sync_every: often is not a whole number or null"]),
         ("robust: maybe", ["robust: maybe is not true or false"]),
         ("robust: 2", ["robust: 2 is not true or false"]),
-        ("method: DPO", ["method: DPO is not one of: dpo, ipo, kto; did you mean dpo?"]),
+        ("method: DPO", ["method: DPO is not one of: dpo, ipo, kto, apo_zero, hypo; did you mean dpo?"]),
         ("eval_strategy: step", ["eval_strategy: step is not one of: no, steps, epoch; did you mean steps?"]),
         ("optim: adamw_torch_fusd", ["optim: adamw_torch_fusd", "did you mean adamw_torch_fused?"]),
         ("lora_target_modules: {a: b}", ["lora_target_modules: a mapping is not a list"]),
@@ -470,7 +471,7 @@ def test_translation_errors_say_where(refused):
     ],
 )
 def test_the_command_line_wins_under_either_name(parse, file, argv, expected):
-    config, _ = parse(file + "\n", *argv)
+    config = parse(file + "\n", *argv)[0].resolved()
     assert (config.sync, config.sync_alpha, config.sync_every) == expected
 
 
@@ -532,7 +533,11 @@ def test_help(width):
                 assert choice in text
     flat = " ".join(text.split())
     assert "Rank of the adapters (usual: 8 to 64). [integer; 16]" in flat
-    assert "Loss: DPO, IPO or KTO. [dpo, ipo, kto; dpo]" in flat
+    assert all(title in flat for title, _ in METHODS.values()) and f"[{', '.join(METHODS)}; dpo]" in flat
+    assert (
+        "Loss: DPO, IPO, KTO, APO-zero, or HyPO (DPO that ignores a pessimistic reference). [dpo, ipo, kto, apo_zero, hypo; dpo]"
+        in flat
+    )
     for name in types():
         if name in ("parallelism_config", "local_rank", "fsdp_config", "liger_kernel_config"):
             continue
@@ -557,7 +562,7 @@ def test_help_examples_parse():
 
 def test_words_for_types():
     assert describe(int) == "a whole number" and describe(float | None) == "a number or null"
-    assert describe(types()["method"]) == "one of: dpo, ipo, kto"
+    assert describe(types()["method"]) == "one of: dpo, ipo, kto, apo_zero, hypo"
     assert describe(types()["eval_strategy"]) == "one of: no, steps, epoch"
     assert all(describe(hint) for hint in types().values())
 

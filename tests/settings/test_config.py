@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import math
 from dataclasses import MISSING, fields
 
@@ -10,7 +12,8 @@ import torch
 
 from lorat.errors import ConfigError, LoratError
 from lorat.settings.aliases import CHECKPOINTING
-from lorat.settings.config import GROUPS, TrustRegionConfig, field_default
+from lorat.settings.config import TrustRegionConfig, field_default
+from lorat.settings.table import GROUPS
 
 BASE = {"output_dir": "out", "use_cpu": True}
 
@@ -135,7 +138,7 @@ def test_the_edge_of_what_works(values):
 
 
 def test_defaults_as_they_resolve():
-    config = make()
+    config = make().resolved()
     assert (config.method, config.beta, config.sync, config.sync_alpha, config.sync_every) == (
         "dpo", 0.1, "soft", 0.6, 512,
     )  # fmt: skip
@@ -150,7 +153,7 @@ def test_defaults_as_they_resolve():
     [("dpo", None, False), ("ipo", None, True), ("kto", None, False), ("ipo", False, False), ("dpo", True, True)],
 )
 def test_length_normalize_by_method(method, given, expected):
-    assert make(method=method, length_normalize=given).length_normalize is expected
+    assert make(method=method, length_normalize=given).resolved().length_normalize is expected
 
 
 @pytest.mark.parametrize(
@@ -171,15 +174,16 @@ def test_length_normalize_by_method(method, given, expected):
     ids=str,
 )
 def test_sync_defaults(values, expected):
-    config = make(**values)
+    config = make(**values).resolved()
     assert (config.sync_alpha, config.sync_every) == expected
 
 
 def test_a_named_reference_is_the_settings_it_stands_for():
     """So that a resumed run may say either."""
     named, spelt = make(sync="lag-100"), make(sync="soft", sync_alpha=0.6, sync_every=86)
-    assert named.own_fields() == spelt.own_fields() and named.sync == "soft" and named.sync_space == "product"
-    assert make(sync="paper-hard").sync == "hard"
+    assert named.own_fields() == spelt.own_fields() and named.identity() == spelt.identity()
+    assert named.resolved().sync == "soft" and named.resolved().sync_space == "product"
+    assert make(sync="paper-hard").resolved().sync == "hard"
     rule = make(sync="adaptive", sync_limit=0.1, sync_distance=0.5, sync_alpha=0.3, sync_every=4).update_rule()
     assert (rule.drift_limit, rule.distance_limit, rule.alpha, rule.every, rule.adaptive) == (0.1, 0.5, 0.3, 4, True)
     assert make(sync_space="factors").update_rule().space == "factors"
@@ -191,7 +195,7 @@ def test_checkpointing_under_both_names(name):
         pytest.skip("this transformers does not have the name")
     assert not make(**{name: False}).checkpointing
     assert make(**{name: True}).checkpointing
-    kept = make(**{f"{name}_kwargs": {"use_reentrant": True}})
+    kept = make(**{f"{name}_kwargs": {"use_reentrant": True}}).resolved()
     assert getattr(kept, f"{CHECKPOINTING}_kwargs") == {"use_reentrant": True} and kept.checkpointing
 
 
@@ -245,3 +249,80 @@ def test_field_default():
     by_name = {f.name: f for f in fields(TrustRegionConfig)}
     assert field_default(by_name["beta"]) == 0.1 and field_default(by_name["lora_target_modules"]) == ["all-linear"]
     assert by_name["lora_target_modules"].default is MISSING
+
+
+# What the user set stays apart from what it resolves to
+
+
+def as_set(config) -> dict:
+    """Every field, as a value that later writes cannot reach."""
+    return {f.name: copy.deepcopy(getattr(config, f.name)) for f in fields(config) if f.init}
+
+
+SETTINGS = [
+    {},
+    {"sync": "frozen"},
+    {"sync": "lag-100"},
+    {"sync": "paper-hard"},
+    {"sync": "adaptive", "sync_limit": 0.1},
+    {"sync": "hard", "sync_every": 8},
+    {"method": "ipo", "bf16": True, "lora_target_modules": "q_proj"},
+    {"method": "kto", "gradient_checkpointing": False, "report_to": "none", "eval_strategy": "steps"},
+    {CHECKPOINTING: True, f"{CHECKPOINTING}_kwargs": {"offload": True}, "disable_tqdm": None, "fp16": True},
+]
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
+@pytest.mark.parametrize("values", SETTINGS, ids=str)
+def test_resolving_writes_nothing_and_a_copy_says_the_same(values):
+    """lorat's own fields are as they were given; `replace` gives an equal configuration, resolved or not."""
+    config = make(**values)
+    given = as_set(config)
+    for f in fields(config):
+        if "group" in f.metadata and f.name != "lora_target_modules":
+            assert given[f.name] == values.get(f.name, field_default(f)), f.name
+    assert (given["bf16"], given[CHECKPOINTING]) == (
+        values.get("bf16"),
+        values.get(CHECKPOINTING, given[CHECKPOINTING]),
+    )
+    resolved = config.resolved()
+    config.update_rule(), config.base(), config.adapter(), config.identity(), config.own_fields()
+    assert as_set(config) == given
+    for other in (dataclasses.replace(config), dataclasses.replace(resolved), resolved.resolved()):
+        assert as_set(other.resolved()) == as_set(resolved) and other.identity() == config.identity()
+    assert as_set(dataclasses.replace(config)) == given
+    assert None not in (resolved.bf16, resolved.length_normalize, getattr(resolved, CHECKPOINTING))
+
+
+@pytest.mark.parametrize("first", [s for s in SETTINGS if s.get("sync") not in ("adaptive", "hard")], ids=str)
+@pytest.mark.parametrize(
+    "change",
+    [{"sync": "frozen"}, {"sync": "hard"}, {"sync": "trl"}, {"sync": "adaptive", "sync_distance": 0.5}],
+    ids=str,
+)
+def test_another_reference_by_replace_is_that_reference(first, change):
+    """What the first reference resolved to does not follow it into the second."""
+    made = dataclasses.replace(make(**first), **change)
+    expected = make(**{**first, **change})
+    assert made.resolved().own_fields() == expected.resolved().own_fields()
+    assert made.update_rule().state_dict() == expected.update_rule().state_dict()
+
+
+def test_another_method_and_checkpointing_by_replace():
+    assert make(method="ipo").resolved().length_normalize
+    assert not dataclasses.replace(make(method="ipo"), method="dpo").resolved().length_normalize
+    off = dataclasses.replace(make(), **{CHECKPOINTING: False})
+    assert make().checkpointing and not off.checkpointing and off.identity() == make().identity()
+
+
+def test_a_resolved_copy_shares_nothing_that_can_be_written_to():
+    kwargs = {"use_reentrant": False, "offload": True}
+    config = make(**{f"{CHECKPOINTING}_kwargs": kwargs}, lr_scheduler_kwargs={"a": 1}, report_to=["tensorboard"])
+    given, resolved = as_set(config), config.resolved()
+    resolved.lora_target_modules.append("x")
+    resolved.lr_scheduler_kwargs["a"] = 2
+    resolved.report_to.clear()
+    getattr(resolved, f"{CHECKPOINTING}_kwargs")["offload"] = False
+    resolved.accelerator_config.dispatch_batches = True
+    resolved.beta = 0.7
+    assert as_set(config) == given and kwargs == {"use_reentrant": False, "offload": True}

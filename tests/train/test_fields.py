@@ -35,34 +35,34 @@ def a_linear(model):
 @pytest.mark.parametrize("double", [True, False])
 def test_quantisation(neox, tmp_path, kind, double):
     config = run_config(neox, tmp_path, bnb_4bit_quant_type=kind, bnb_4bit_use_double_quant=double)
-    state = a_linear(load_base(config)).weight.quant_state
+    state = a_linear(load_base(config.base())).weight.quant_state
     assert (state.quant_type, state.nested) == (kind, double)
 
 
 def test_no_quantisation_is_the_model_as_it_is(neox, tmp_path):
-    model = load_base(run_config(neox, tmp_path, load_in_4bit=False))
+    model = load_base(run_config(neox, tmp_path, load_in_4bit=False).base())
     plain = AutoModelForCausalLM.from_pretrained(neox)
     assert torch.equal(a_linear(model).weight, a_linear(plain).weight)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_dtype(neox, tmp_path, dtype):
-    model = load_base(run_config(neox, tmp_path, dtype=dtype))
+    model = load_base(run_config(neox, tmp_path, dtype=dtype).base())
     assert model.get_output_embeddings().weight.dtype == getattr(torch, dtype)
     assert a_linear(model).compute_dtype == getattr(torch, dtype)
 
 
 @pytest.mark.parametrize("name", ["sdpa", "eager"])
 def test_attention(neox, tmp_path, name):
-    assert load_base(run_config(neox, tmp_path, attn_implementation=name)).config._attn_implementation == name
+    assert load_base(run_config(neox, tmp_path, attn_implementation=name).base()).config._attn_implementation == name
 
 
 def test_revision_and_remote_code_reach_transformers_and_only_when_asked(neox, tmp_path, monkeypatch):
     seen = []
     load = base_module.AutoConfig.from_pretrained
     monkeypatch.setattr(base_module.AutoConfig, "from_pretrained", lambda n, **k: seen.append(k) or load(n, **k))
-    load_base(run_config(neox, tmp_path))
-    load_base(run_config(neox, tmp_path, model_revision="v2", trust_remote_code=True))
+    load_base(run_config(neox, tmp_path).base())
+    load_base(run_config(neox, tmp_path, model_revision="v2", trust_remote_code=True).base())
     assert seen == [
         {"revision": "main", "trust_remote_code": False},
         {"revision": "v2", "trust_remote_code": True},

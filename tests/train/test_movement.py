@@ -10,8 +10,7 @@ import torch
 
 from lorat.packs.packing import Batch, collate
 from lorat.reference import Adaptive, Soft, adapter_parameters, copy_, distance, snapshot
-from lorat.train.evaluation import policy_as
-from lorat.train.movement import JOURNAL, opening_lines
+from lorat.reference.moving import JOURNAL, opening_lines
 from tests.helpers import driver
 from tests.helpers.two_ranks import results
 from tests.helpers.worlds import make_pairs, nudge, trainer_for
@@ -59,17 +58,17 @@ def test_drift_and_bind_are_what_they_say(neox, tmp_path, method):
     trainer = trainer_for(neox, tmp_path / "run", pairs, method=method, beta=0.3, max_tokens_per_pack=25)
     nudge(trainer)
     rows = list(trainer.train_dataset)
-    groups = [trainer.engine.objective.group(r) for r in rows]
+    groups = [trainer.scorer.method.group(r) for r in rows]
     ratios, tokens = plain_logratios(trainer, groups)
     drift = (ratios.abs().sum() / tokens.sum()).item()
     bind = 0.3 * (ratios.view(-1, 2).diff(dim=1) if method == "dpo" else ratios).abs().mean().item()
     samples, _ = trainer.get_batch_samples(iter([collate(rows[:4]), collate(rows[4:])]), 2, torch.device("cpu"))
     for sample in samples:
-        trainer.training_step(trainer.model, sample)
-    means = trainer.averages.means()
+        trainer.training_step(trainer.models, sample)
+    means = trainer.meters.averages.means()
     assert means["reference/drift"] == pytest.approx(drift, rel=1e-5) and drift > 0.01
     assert means["reference/bind"] == pytest.approx(bind, rel=1e-5)
-    assert trainer.step_drift() == pytest.approx(drift, rel=1e-5)
+    assert trainer.stepper.drift() == pytest.approx(drift, rel=1e-5)
 
 
 @pytest.mark.parametrize("method", ["dpo", "kto"])
@@ -83,9 +82,9 @@ def test_evaluation_measures_against_the_start(neox, tmp_path, method):
     held = snapshot(trainer.model)
     metrics = trainer.evaluate()
     assert all(torch.equal(held[n], p) for n, p in adapter_parameters(trainer.model, "default").items())
-    groups = [trainer.engine.objective.group(r) for r in trainer.eval_dataset]
+    groups = [trainer.scorer.method.group(r) for r in trainer.eval_dataset]
     to_reference, tokens = plain_logratios(trainer, groups)
-    with policy_as(trainer.model, trainer.start):
+    with trainer.models.policy_as(trainer.evaluator.start):
         copy_(trainer.model)  # the reference is the start now
     to_start, _ = plain_logratios(trainer, groups)
     assert (to_start - to_reference).abs().min() > 1e-3
@@ -109,8 +108,8 @@ def test_evaluation_measures_against_the_start(neox, tmp_path, method):
 def test_the_start_costs_one_forward_pass_in_a_run(neox, tmp_path, monkeypatch):
     trainer = trainer_for(neox, tmp_path / "run", make_pairs(4), eval_pairs=make_pairs(6, seed=3))
     asked = []
-    token_logprobs = trainer.engine.token_logprobs
-    monkeypatch.setattr(trainer.engine, "token_logprobs", lambda groups: asked.extend(groups) or token_logprobs(groups))
+    tokens = trainer.scorer.tokens
+    monkeypatch.setattr(trainer.scorer, "tokens", lambda groups: asked.extend(groups) or tokens(groups))
     first = trainer.evaluate()
     assert len(asked) == 6 and first["eval_start/rewards/margins"] == first["eval_start/drift"] == 0
     nudge(trainer)
@@ -236,6 +235,8 @@ def test_a_distance_is_zero_only_after_a_copy(neox, tmp_path):
     copy_(trainer.model)
     assert distance(trainer.model) == 0
     batch = Batch(list(trainer.train_dataset))
-    out, _ = trainer.engine.outcome(trainer.model, batch, [0, 1, 2, 3], trainer.engine.baseline([batch]))
+    out, _ = trainer.scorer.score(
+        trainer.models, trainer.scorer.plan(batch), [0, 1, 2, 3], trainer.scorer.baseline([trainer.scorer.plan(batch)])
+    )
     assert out.metrics["reference/drift"][0].tolist() == [0.0] * 4
     assert results(trainer, {})["rule"]["updates"] == 0

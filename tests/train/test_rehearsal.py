@@ -10,6 +10,11 @@ from lorat.train.rehearsal import RehearsalCallback, _missing_state, fullest, re
 from tests.helpers.worlds import make_pairs, trainer_for
 
 
+def run_rehearsal(trainer):
+    size = trainer.args.per_device_train_batch_size
+    return rehearse(trainer.scorer, trainer.train_dataset, size, trainer.optimizer)
+
+
 def pairs_with_a_long_one():
     pairs = make_pairs(12)
     pairs[7]["prompt"] = pairs[7]["prompt"] * 4
@@ -24,9 +29,11 @@ def test_the_longest_come_first_and_the_pack_is_full(neox, tmp_path):
     rows = list(trainer.train_dataset)
     need = lambda r: len(r["prompt_ids"]) + len(r["chosen_ids"]) + len(r["rejected_ids"])  # noqa: E731
     by_need = sorted(rows, key=need, reverse=True)
-    chosen = fullest(trainer)
+    chosen = fullest(trainer.scorer, trainer.train_dataset, trainer.args.per_device_train_batch_size)
     assert [need(r) for r in chosen] == [need(r) for r in by_need[:8]]
-    completions = fullest(trainer, prompts=False)
+    completions = fullest(
+        trainer.scorer, trainer.train_dataset, trainer.args.per_device_train_batch_size, prompts=False
+    )
     longest = max(rows, key=lambda r: len(r["chosen_ids"]) + len(r["rejected_ids"]))
     assert completions[0]["row"] == longest["row"]
     budget = need(by_need[0]) + need(by_need[-1])  # room for the longest and a short one
@@ -34,7 +41,7 @@ def test_the_longest_come_first_and_the_pack_is_full(neox, tmp_path):
         neox, tmp_path / "tight", pairs_with_a_long_one(), per_device_train_batch_size=8, max_length=200,
         max_tokens_per_pack=budget,
     )  # fmt: skip
-    tokens = rehearse(tight)
+    tokens = run_rehearsal(tight)
     assert len(tokens) == 2 and need(by_need[0]) < max(tokens) <= budget
 
 
@@ -48,7 +55,11 @@ def test_nothing_is_left_of_it(neox, tmp_path, monkeypatch, method):
         )
         if rehearsed:
             monkeypatch.setattr(
-                RehearsalCallback, "on_train_begin", lambda self, *a, **k: seen.append(rehearse(self.trainer))
+                RehearsalCallback,
+                "on_train_begin",
+                lambda self, args, state, control, optimizer=None, **k: seen.append(
+                    rehearse(self.scorer, self.dataset, self.batch_size, optimizer)
+                ),
             )
         trainer.train()
         return trainer
@@ -68,7 +79,7 @@ def test_gradients_are_made_and_taken_away(neox, tmp_path, monkeypatch):
         p.register_post_accumulate_grad_hook(lambda p: made.append(p.grad.norm()))
         for p in adapter_parameters(trainer.model, "default").values()
     ]
-    rehearse(trainer)
+    run_rehearsal(trainer)
     assert len(made) == 2 * len(handles)
     assert all(p.grad is None for p in trainer.model.parameters())
 
@@ -84,7 +95,7 @@ def test_room_for_the_optimiser_is_held(neox, tmp_path, monkeypatch):
     spy = lambda p, *a, **k: (made.append(id(p)) if id(p) in mine else None) or empty_like(p, *a, **k)  # noqa: E731
     with monkeypatch.context() as patch:
         patch.setattr(torch, "empty_like", spy)
-        rehearse(trainer)
+        run_rehearsal(trainer)
     assert len(made) == 2 * 2 * len(policy)  # two rehearsals
     trainer.train()
     assert _missing_state(trainer.optimizer, policy) == 0
@@ -97,8 +108,10 @@ def test_room_for_the_optimiser_is_held(neox, tmp_path, monkeypatch):
 
 def test_only_a_gpu_is_rehearsed_on(neox, tmp_path, monkeypatch):
     trainer = trainer_for(neox, tmp_path / "run", make_pairs(4))
-    monkeypatch.setattr("lorat.train.rehearsal.rehearse", lambda t: pytest.fail("this is a CPU"))
-    RehearsalCallback(trainer).on_train_begin(trainer.args, trainer.state, trainer.control)
+    monkeypatch.setattr("lorat.train.rehearsal.rehearse", lambda *a: pytest.fail("this is a CPU"))
+    RehearsalCallback(trainer.scorer, trainer.train_dataset, 4).on_train_begin(
+        trainer.args, trainer.state, trainer.control
+    )
 
 
 # ---- embeddings in few bits
@@ -120,7 +133,7 @@ def test_embeddings_in_few_bits(neox, tmp_path, kind, error):
     before = snapshot(trainer.model)
     trainer.train()
     assert any(not torch.equal(before[n], p) for n, p in adapter_parameters(trainer.model, "default").items())
-    model = load_base(trainer.args)
+    model = load_base(trainer.args.base())
     looked_up = model.get_input_embeddings()(rows)
     plain_embeddings_(model)
     assert torch.equal(model.get_input_embeddings()(rows), looked_up)
@@ -140,7 +153,7 @@ def test_a_run_is_loaded_again_with_its_embeddings_as_they_were(neox, tmp_path):
     trained = trainer.model.get_base_model().get_input_embeddings()(ids)
     lineup = load(find(str(tmp_path / "run")), cpu=True)
     assert torch.equal(lineup.model.get_base_model().get_input_embeddings()(ids), trained)
-    assert merge(str(tmp_path / "run"), str(tmp_path / "merged")).largest < 1e-4
+    assert merge(str(tmp_path / "run"), str(tmp_path / "merged")).folded.largest < 1e-4
 
 
 def test_embeddings_that_are_the_head_stay(tmp_path):
@@ -171,6 +184,6 @@ def test_gpu_memory_sets_the_pack_or_says_what_would_help(neox, tmp_path):
     assert longest == len(row["prompt_ids"]) + len(row["chosen_ids"]) + len(row["rejected_ids"])
     plan = fit(trainer.args, read_model_config(trainer.args), bytes_of("2GiB"), longest)
     assert plan.fits and trainer.args.max_tokens_per_pack == plan.tokens >= longest
-    assert trainer.engine.packer.budget == plan.tokens
+    assert trainer.scorer.packer.budget == plan.tokens
     with pytest.raises(ConfigError, match=r"gpu_memory=501MiB: packs of \d+ tokens, the least this data needs"):
         trainer_for(neox, tmp_path / "small", make_pairs(12), gpu_memory="501MiB")

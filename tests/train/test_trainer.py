@@ -24,8 +24,8 @@ def gradients(trainer, batches):
     samples, _ = trainer.get_batch_samples(iter([collate(b) for b in batches]), len(batches), torch.device("cpu"))
     trainer.model.zero_grad()
     for sample in samples:
-        trainer.training_step(trainer.model, sample)
-    trainer.averages.reset()
+        trainer.training_step(trainer.models, sample)
+    trainer.meters.averages.reset()
     return {k: p.grad.clone() for k, p in adapter_parameters(trainer.model, "default").items()}
 
 
@@ -47,15 +47,15 @@ def test_the_gradient_of_a_step_does_not_depend_on_how_it_is_divided(neox, tmp_p
     rows = list(trainer.train_dataset)[:8]
     whole = gradients(trainer, [rows])
     if method == "kto":
-        assert trainer.engine.baseline([Batch(r) for r in ([rows[:3], rows[3:]])]).z0 > 0
+        assert trainer.scorer.baseline([trainer.scorer.plan(Batch(r)) for r in ([rows[:3], rows[3:]])]).value > 0
     for division in ([[r] for r in rows], [rows[:3], rows[3:]]):
         close(whole, gradients(trainer, division))
-    packer = trainer.engine.packer
+    packer = trainer.scorer.packer
     assert packer.shared
     for budget in (1, 20, 64):
         for shared in (True, False):
-            trainer.engine.packer = dataclasses.replace(packer, budget=budget, shared=shared)
-            assert len(trainer.engine.packs(collate(rows)["batch"])) > 1
+            trainer.scorer.packer = dataclasses.replace(packer, budget=budget, shared=shared)
+            assert len(trainer.scorer.plan(collate(rows)["batch"]).packs) > 1
             close(whole, gradients(trainer, [rows]))
 
 
@@ -270,17 +270,17 @@ def test_a_non_finite_loss_stops_the_run_before_anything_is_poisoned(neox, tmp_p
     )
     seen = []
 
-    def poison(outcome):
-        def wrapped(examples, lp, z0, args):
-            out = outcome(examples, lp, z0, args)
+    def poison(score):
+        def wrapped(examples, lp, baseline):
+            out = score(examples, lp, baseline)
             if trainer.state.global_step == 2:
                 seen.append([e["row"] for e in examples])
-                out = out._replace(losses=out.losses * torch.tensor([1.0, float("nan"), 1.0, 1.0]))
+                out = dataclasses.replace(out, losses=out.losses * torch.tensor([1.0, float("nan"), 1.0, 1.0]))
             return out
 
         return wrapped
 
-    object.__setattr__(trainer.engine.objective, "outcome", poison(trainer.engine.objective.outcome))
+    object.__setattr__(trainer.scorer.method, "score", poison(trainer.scorer.method.score))
     before = {}
 
     def keep(*args, **kwargs):
@@ -303,17 +303,15 @@ def test_dropout_reaches_the_policy_and_not_the_reference(neox, tmp_path):
     trainer = trainer_for(neox, tmp_path / "run", make_pairs(4), lora_dropout=0.5)
     nudge(trainer)
     trainer.model.train()
-    from lorat.model.adapters import using_reference
-    from lorat.model.logprobs import token_logprobs
 
     row = trainer.train_dataset[0]
     pack = pad_rows([(row["prompt_ids"], [row["chosen_ids"]])], 0)
     with torch.no_grad():
-        with using_reference(trainer.model):
-            first, second = (token_logprobs(trainer.model, trainer.engine.head, pack) for _ in range(2))
+        with trainer.models.reference():
+            first, second = (trainer.models.tokens(pack) for _ in range(2))
         assert torch.equal(first, second)
         assert trainer.model.training
-        assert not torch.equal(*(token_logprobs(trainer.model, trainer.engine.head, pack) for _ in range(2)))
+        assert not torch.equal(*(trainer.models.tokens(pack) for _ in range(2)))
 
 
 def test_evaluating_leaves_the_gradients_as_they_were(neox, llama, tmp_path):
@@ -364,39 +362,39 @@ def test_kto_in_one_pass_is_kto_in_two(neox, tmp_path):
     nudge(trainer, scale=-0.05)
     rows = list(trainer.train_dataset)[:6]
     batch = Batch(rows)
-    packer = trainer.engine.packer
+    packer = trainer.scorer.packer
     trainer.model.train()
-    one = trainer.engine.baseline([batch])
-    assert one.z0 is None and one.partners == [r["completion_ids"] for r in [*rows[1:], rows[0]]]
+    one = trainer.scorer.baseline([trainer.scorer.plan(batch)])
+    assert one.value is None and one.partners == [r["completion_ids"] for r in [*rows[1:], rows[0]]]
     assert one.tokens == sum(len(r["completion_ids"]) for r in rows)
     joined = sum(len(r["prompt_ids"]) + len(r["completion_ids"]) for r in rows)
-    trainer.engine.packer = dataclasses.replace(packer, budget=joined + one.tokens)
-    assert trainer.engine.baseline([batch]).z0 is None
+    trainer.scorer.packer = dataclasses.replace(packer, budget=joined + one.tokens)
+    assert trainer.scorer.baseline([trainer.scorer.plan(batch)]).value is None
     together = gradients(trainer, [rows])
-    outcome, _ = trainer.engine.outcome(trainer.model, batch, list(range(6)), one)
-    trainer.engine.packer = dataclasses.replace(packer, budget=joined + one.tokens - 1)
-    two = trainer.engine.baseline([batch])
-    assert two.z0 > 0 and two.tokens == sum(len(r["prompt_ids"]) for r in rows) + one.tokens
+    outcome, _ = trainer.scorer.score(trainer.models, trainer.scorer.plan(batch), list(range(6)), one)
+    trainer.scorer.packer = dataclasses.replace(packer, budget=joined + one.tokens - 1)
+    two = trainer.scorer.baseline([trainer.scorer.plan(batch)])
+    assert two.value > 0 and two.tokens == sum(len(r["prompt_ids"]) for r in rows) + one.tokens
     close(together, gradients(trainer, [rows]))
-    again, _ = trainer.engine.outcome(trainer.model, batch, list(range(6)), two)
+    again, _ = trainer.scorer.score(trainer.models, trainer.scorer.plan(batch), list(range(6)), two)
     torch.testing.assert_close(outcome.losses, again.losses, rtol=1e-6, atol=1e-6)
     for name, (values, weights) in outcome.metrics.items():
         torch.testing.assert_close(values, again.metrics[name][0], rtol=1e-5, atol=1e-5)
         assert torch.equal(weights, again.metrics[name][1])
-    trainer.engine.packer = packer
+    trainer.scorer.packer = packer
     next(m for m in trainer.model.modules() if isinstance(m, torch.nn.Dropout)).p = 0.1
-    assert trainer.engine.baseline([batch]).z0 is not None
+    assert trainer.scorer.baseline([trainer.scorer.plan(batch)]).value is not None
     trainer.model.eval()
-    assert trainer.engine.baseline([batch]).z0 is None
+    assert trainer.scorer.baseline([trainer.scorer.plan(batch)]).value is None
 
 
 def test_kto_with_short_prompts_takes_two_passes_in_training_and_one_in_evaluation(neox, tmp_path):
     trainer = trainer_for(neox, tmp_path / "run", make_pairs(4), method="kto")
     batch = Batch(list(trainer.train_dataset)[:4])
     trainer.model.train()
-    assert trainer.engine.baseline([batch]).z0 is not None
+    assert trainer.scorer.baseline([trainer.scorer.plan(batch)]).value is not None
     trainer.model.eval()
-    assert trainer.engine.baseline([batch]).z0 is None
+    assert trainer.scorer.baseline([trainer.scorer.plan(batch)]).value is None
 
 
 @pytest.mark.parametrize("method", ["dpo", "kto"])

@@ -8,7 +8,7 @@ import types
 import pytest
 import torch
 
-from lorat.model.logprobs import Head, token_logprobs
+from lorat.model.models import Head, Models
 from lorat.model.probe import why_not
 from lorat.packs import attention
 from lorat.packs.attention import install, packed_attention
@@ -62,10 +62,10 @@ def test_the_probe_on_the_gpu(name):
     groups = draw_groups()
     packs = [share_prompts(groups).to(GPU), pad_rows(groups, 0).to(GPU)]
     with torch.no_grad():
-        truth = token_logprobs(policy, Head.of(policy), packs[0])
-        rows = token_logprobs(policy, Head.of(policy), packs[1])
+        truth = Models(policy).tokens(packs[0])
+        rows = Models(policy).tokens(packs[1])
         with autocast():
-            halves = [token_logprobs(policy, Head.of(policy), p) for p in packs]
+            halves = [Models(policy).tokens(p) for p in packs]
     errors = [(half - truth).square().mean().sqrt() for half in halves]
     assert (per_completion(truth - rows, packs[0].lengths)).abs().max() < 1e-3
     assert errors[0] < 2 * errors[1] + 1e-3
@@ -100,7 +100,7 @@ def test_fused_layers_on_the_gpu(tmp_path, four_bit):
     def step(model, context):
         pack = share_prompts(groups).to(GPU)
         with context:
-            logps = per_completion(token_logprobs(model, Head.of(model), pack), pack.lengths)
+            logps = per_completion(Models(model).tokens(pack), pack.lengths)
         weighted(logps.cpu()).backward()
         return logps.detach().double(), gradients(model)
 
@@ -113,7 +113,7 @@ def test_fused_layers_on_the_gpu(tmp_path, four_bit):
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append((t.dtype, tuple(t.shape))) or t, lambda t: t):
         pack = share_prompts(groups).to(GPU)
-        token_logprobs(half, Head.of(half), pack)
+        Models(half).tokens(pack)
     inner = {
         d for d, s in kept if len(s) > 1 and s[-1] == half.config.intermediate_size and pack.input_ids.numel() in s
     }

@@ -36,7 +36,9 @@ def assert_same(left, right) -> None:
         for name, p in adapter_parameters(left.model, adapter).items():
             assert torch.equal(p, theirs[name]), (adapter, name)
     assert left.rule.state_dict() == right.rule.state_dict()
-    assert {k: v.tolist() for k, v in left.start.items()} == {k: v.tolist() for k, v in right.start.items()}
+    assert {k: v.tolist() for k, v in left.evaluator.start.items()} == {
+        k: v.tolist() for k, v in right.evaluator.start.items()
+    }
 
 
 def resumed_and_whole(neox, tmp_path, **changes):
@@ -266,6 +268,9 @@ def test_a_checkpoint_is_not_lost_between_the_renames_that_replace_it(neox, tmp_
         ck.publish(staged, out / "checkpoint-10")
     monkeypatch.undo()
     assert not (out / "checkpoint-10").exists()
+    assert ck.last_whole(out) == (out / ".old-checkpoint-10", [])  # a question renames nothing
+    assert not (out / "checkpoint-10").exists()
+    ck.repair(out)
     assert ck.last_whole(out) == (out / "checkpoint-10", [])
 
 

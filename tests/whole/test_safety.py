@@ -16,13 +16,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from lorat.errors import CheckpointError, ConfigError, ModelError, NonFiniteError
-from lorat.model.adapters import attach, using_reference
+from lorat.model.adapters import attach
 from lorat.model.base import load_base, load_tokenizer
-from lorat.model.logprobs import token_logprobs
+from lorat.model.models import Models
 from lorat.packs.packing import collate, pad_rows
 from lorat.reference import Frozen, Hard, Soft, adapter_parameters, copy_, snapshot
+from lorat.reference.moving import opening_lines
 from lorat.runs import checkpoint as ck
-from lorat.train.movement import opening_lines
 from lorat.train.trainer import TrustRegionTrainer
 from tests.helpers import driver
 from tests.helpers.worlds import make_pairs, nudge, run_config, trainer_for
@@ -46,19 +46,19 @@ def test_ktos_baseline_and_the_reference_have_no_dropout(neox, tmp_path):
     nudge(trainer, scale=-0.05)
     trainer.model.train()
     batch = collate(list(trainer.train_dataset)[:8])["batch"]
-    first, second = (trainer.engine.baseline([batch]).z0 for _ in range(2))
+    first, second = (trainer.scorer.baseline([trainer.scorer.plan(batch)]).value for _ in range(2))
     assert first > 0 and torch.equal(first, second) and trainer.model.training
     copy_(trainer.model)  # a reference whose B is not zero, so that dropout would show
     row = trainer.train_dataset[0]
     pack = pad_rows([(row["prompt_ids"], [row["completion_ids"]])], 0)
-    with torch.no_grad(), using_reference(trainer.model):
-        assert torch.equal(*(token_logprobs(trainer.model, trainer.engine.head, pack) for _ in range(2)))
+    with torch.no_grad(), trainer.models.reference():
+        assert torch.equal(*(trainer.models.tokens(pack) for _ in range(2)))
 
 
 def test_suspects_are_those_of_one_step(neox, tmp_path):
     trainer = trainer_for(neox, tmp_path / "run", make_pairs(12))
     trainer.train()
-    assert len(trainer._suspects) == 1
+    assert len(trainer.stepper._suspects) == 1
 
 
 def test_a_second_evaluation_forgets_the_first(neox, tmp_path):
@@ -95,15 +95,15 @@ def test_the_optimiser_holds_the_policy_whatever_the_flags_say(neox, tmp_path):
 
 def test_a_head_that_is_not_what_it_seems_stops_the_trainer(neox, tmp_path):
     args = run_config(neox, tmp_path / "run")
-    base = load_base(args)
+    base = load_base(args.base())
     base.config.logits_scaling = 4.0
     with pytest.raises(ModelError, match="silently wrong"):
-        TrustRegionTrainer(base, args, Dataset.from_list(make_pairs(4)), processing_class=load_tokenizer(args))
+        TrustRegionTrainer(base, args, Dataset.from_list(make_pairs(4)), processing_class=load_tokenizer(args.base()))
 
 
 def test_tokens_and_positions_the_model_does_not_have(neox, tmp_path):
     args = run_config(neox, tmp_path / "run", load_in_4bit=False)
-    tokenizer, pairs = load_tokenizer(args), Dataset.from_list(make_pairs(8))
+    tokenizer, pairs = load_tokenizer(args.base()), Dataset.from_list(make_pairs(8))
     small = GPT2LMHeadModel(GPT2Config(vocab_size=10, n_embd=16, n_layer=1, n_head=2, n_positions=64))
     with pytest.raises(ModelError, match=r"token \d+, the model knows 10 tokens"):
         TrustRegionTrainer(small, args, pairs, processing_class=tokenizer)
@@ -118,7 +118,9 @@ def test_what_the_model_is_is_written_down_and_not_what_was_asked_for(neox, tmp_
 
     args = run_config(neox, tmp_path / "run", load_in_4bit=True)
     plain = AutoModelForCausalLM.from_pretrained(neox)
-    trainer = TrustRegionTrainer(plain, args, Dataset.from_list(make_pairs(8)), processing_class=load_tokenizer(args))
+    trainer = TrustRegionTrainer(
+        plain, args, Dataset.from_list(make_pairs(8)), processing_class=load_tokenizer(args.base())
+    )
     trainer.train()
     trainer.save_model()
     saved = json.loads((tmp_path / "run" / ck.RUN).read_text())
@@ -146,10 +148,10 @@ def test_merging_knows_how_the_base_was_quantised(neox, tmp_path):
 def test_a_model_that_brings_its_adapters_takes_no_others(neox, tmp_path):
     from peft import LoraConfig
 
-    model = attach(load_base(run_config(neox, tmp_path)), LoraConfig(target_modules=["dense"]))
+    model = attach(load_base(run_config(neox, tmp_path).base()), LoraConfig(target_modules=["dense"]))
     with pytest.raises(ModelError, match=r"\['default', 'ref'\].*/no/such"):
         attach(model, policy_adapter="/no/such/adapter")
-    uneven = attach(load_base(run_config(neox, tmp_path)), LoraConfig(r=4, target_modules=["dense"]))
+    uneven = attach(load_base(run_config(neox, tmp_path).base()), LoraConfig(r=4, target_modules=["dense"]))
     uneven.delete_adapter("ref")
     uneven.add_adapter("ref", LoraConfig(r=2, target_modules=["dense"]))
     with pytest.raises(ModelError, match="own adapter 'ref' cannot be the reference"):
@@ -165,11 +167,11 @@ def test_a_damaged_or_foreign_adapter(neox, tmp_path):
     weights = tmp_path / "lora" / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:200])
     with pytest.raises(ModelError, match="damaged"):
-        attach(load_base(run_config(neox, tmp_path)), policy_adapter=str(tmp_path / "lora"))
+        attach(load_base(run_config(neox, tmp_path).base()), policy_adapter=str(tmp_path / "lora"))
     tuned = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
     get_peft_model(AutoModelForCausalLM.from_pretrained(neox), tuned).save_pretrained(tmp_path / "prompt")
     with pytest.raises(ModelError, match="PROMPT_TUNING"):
-        attach(load_base(run_config(neox, tmp_path)), policy_adapter=str(tmp_path / "prompt"))
+        attach(load_base(run_config(neox, tmp_path).base()), policy_adapter=str(tmp_path / "prompt"))
 
 
 def test_an_adapter_whose_values_did_not_arrive_is_found(neox, tmp_path, monkeypatch):
@@ -187,7 +189,7 @@ def test_an_adapter_whose_values_did_not_arrive_is_found(neox, tmp_path, monkeyp
 def test_an_adapted_head_that_comes_with_the_model_is_refused(neox, tmp_path):
     from peft import LoraConfig, get_peft_model
 
-    plain = load_base(run_config(neox, tmp_path, load_in_4bit=False))
+    plain = load_base(run_config(neox, tmp_path, load_in_4bit=False).base())
     head = next(n for n, m in plain.named_modules() if m is plain.get_output_embeddings())
     with pytest.raises(ModelError, match="head is adapted or trainable"):
         attach(get_peft_model(plain, LoraConfig(target_modules=["dense", head])))
@@ -204,13 +206,11 @@ def test_a_reference_adapter_for_another_base_is_refused(neox, tmp_path):
 
 
 def test_the_reference_keeps_no_graph_and_the_policy_does(neox, tmp_path, monkeypatch):
-    from lorat.model import logprobs
-
-    seen, compute = [], logprobs.token_logprobs
+    seen, compute = [], Models.tokens
     monkeypatch.setattr(
-        logprobs,
-        "token_logprobs",
-        lambda model, *rest: seen.append((model.active_adapter, torch.is_grad_enabled())) or compute(model, *rest),
+        Models,
+        "tokens",
+        lambda self, pack: seen.append((self.peft.active_adapter, torch.is_grad_enabled())) or compute(self, pack),
     )
     trainer = trainer_for(neox, tmp_path / "run", make_pairs(4), max_steps=1)
     seen.clear()
@@ -244,12 +244,12 @@ def test_a_finished_run_takes_no_further_step(neox, tmp_path):
 def test_the_start_is_resumed_and_not_made_again(neox, tmp_path):
     whole = driver.make(neox, str(tmp_path / "run"), max_steps=4)
     nudge(whole)
-    whole.start = snapshot(whole.model)
+    whole.evaluator.start_from(snapshot(whole.model))
     whole.train()
     shutil.rmtree(tmp_path / "run" / "checkpoint-4")
     again = driver.make(neox, str(tmp_path / "run"), max_steps=4)
     again.train(resume_from_checkpoint=True)
-    assert all(torch.equal(again.start[n], whole.start[n]) for n in whole.start)
+    assert all(torch.equal(again.evaluator.start[n], whole.evaluator.start[n]) for n in whole.evaluator.start)
 
 
 def test_the_best_model_need_not_be_the_last(neox, tmp_path, monkeypatch):

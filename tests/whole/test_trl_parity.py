@@ -41,7 +41,7 @@ def ours(folder, tmp_path, method, rows, drift=0.05, **settings):
     )
     shift(trainer.model, 12, drift)  # away from the reference, which was copied before
     samples, _ = trainer.get_batch_samples(iter([collate(rows)]), 1, torch.device("cpu"))
-    loss = trainer.training_step(trainer.model, samples[0])
+    loss = trainer.training_step(trainer.models, samples[0])
     return loss, {k: p.grad for k, p in adapter_parameters(trainer.model, "default").items()}, trainer
 
 
@@ -96,7 +96,7 @@ def test_pairs_have_the_gradient_that_trl_gives_them(request, arch, loss_type, s
     method = "ipo" if loss_type == "ipo" else "dpo"
     loss, grads, trainer = ours(folder, tmp_path, method, rows, **settings)
     compare(loss, grads, trl_loss, trl.model)
-    means = trainer.averages.means()
+    means = trainer.meters.averages.means()
     for name, values in trl._metrics["train"].items():
         if name in means:
             assert means[name] == pytest.approx(values[-1], rel=1e-5, abs=1e-5), name
@@ -141,7 +141,7 @@ def test_kto_has_the_gradient_that_trl_gives_it(neox, tmp_path, drift, clamped):
         neox, tmp_path, "kto", mine, drift, beta=0.3, desirable_weight=1.5, undesirable_weight=0.7
     )
     compare(loss, grads, trl_loss, trl.model)
-    means = trainer.averages.means()
+    means = trainer.meters.averages.means()
     theirs = trl._metrics["train"]
     for name in ("kl", "rewards/chosen", "rewards/rejected", "rewards/margins", "logps/chosen", "logps/rejected"):
         assert means[name] == pytest.approx(theirs[name][-1], rel=1e-5, abs=1e-5), name

@@ -1,23 +1,20 @@
-"""Averages of per-example metrics, exact under accumulation, ragged batches and several ranks.
+"""What the logs of a run read: averages of per-example metrics, and tokens trained on.
 
-A metric is a sum and a count, added over examples and divided once, when it is logged. Names are TRL's.
+A metric is a sum and a count, added over examples and divided once, when it is logged: exact under accumulation, ragged
+batches and several ranks. Names are TRL's.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
-PAIR_METRICS = (
-    "rewards/chosen",
-    "rewards/rejected",
-    "rewards/accuracies",
-    "rewards/margins",
-    "logps/chosen",
-    "logps/rejected",
-)
+from ..methods import Outcome
+from ..ranks import Ranks
 
 
 class Averages:
@@ -70,3 +67,53 @@ def with_kto_margin(means: dict[str, float]) -> dict[str, float]:
         if margins not in means and {chosen, rejected} <= means.keys():
             means[margins] = means[chosen] - means[rejected]
     return means
+
+
+class Meters:
+    """Since the last log: averages over the examples trained on, and tokens a second; tokens of the whole run."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        self.ranks = ranks
+        self.averages = Averages()
+        self.local = self.total = 0  # tokens: on this rank since the last log, on all ranks before it
+        self._at = time.perf_counter()
+
+    def add(self, out: Outcome, weights: Tensor) -> None:
+        """Take in n examples; `weights`: (n,)."""
+        self.averages.add("loss", out.losses, weights)
+        for name, (values, own) in out.metrics.items():
+            self.averages.add(name, values, own * weights)
+
+    def restart(self) -> None:
+        """Begin the clock anew, without what came before."""
+        self._at = time.perf_counter()
+
+    def skip(self, seconds: float) -> None:
+        """Leave out time in which nothing was trained on."""
+        self._at += seconds
+
+    def logs(self) -> dict[str, float]:
+        """What a log shows, over all ranks; counts anew from here."""
+        means = self.averages.means(self.ranks.sum)
+        self.averages.reset()
+        new, now = self._pending(), time.perf_counter()
+        rate = new / max(now - self._at, 1e-9)
+        self.local, self.total, self._at = 0, self.total + new, now
+        return {**means, "num_tokens": self.total, "tokens_per_second": rate}
+
+    def _pending(self) -> int:
+        """Tokens of all ranks since the last log."""
+        return int(self.ranks.sum(torch.tensor([self.local])).item())
+
+    def state_dict(self) -> dict[str, Any]:
+        """Averages and tokens of all ranks; every rank has to ask."""
+        averages = {k: list(v) for k, v in self.averages.reduced(self.ranks.sum).items()}
+        return {"averages": averages, "tokens": [self.total, self._pending()]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a `state_dict`; sums over ranks go on from rank 0."""
+        first = self.ranks.index == 0
+        averages = {k: v if first else [0.0, 0.0] for k, v in state["averages"].items()}
+        self.averages.load_state_dict(averages, self.ranks.device)
+        self.total, pending = state["tokens"]
+        self.local = pending if first else 0
