@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import platform
 import shlex
@@ -13,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from lorat.runs.versions import versions
 
 PACKAGES = [
     *("torch", "triton", "transformers", "peft", "accelerate", "bitsandbytes"),
@@ -32,16 +33,6 @@ def commit() -> str:
         return (head + ("+changes" if git("status", "--porcelain") else "")) or "unknown"
     except OSError:
         return "unknown"
-
-
-def versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found
 
 
 def machine(device: torch.device) -> dict[str, Any]:
@@ -70,7 +61,7 @@ def document(module: str, device: torch.device, **content: Any) -> str:
         "command": shlex.join(["python", "-m", module, *sys.argv[1:]]),
         "commit": commit(),
         "device": machine(device),
-        "versions": versions(),
+        "versions": versions(PACKAGES, "not installed"),
         **content,
     }
     return json.dumps(whole)

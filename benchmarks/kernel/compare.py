@@ -23,6 +23,7 @@ from lorat_kernels import launch, linear_logprob
 from torch import Tensor
 
 from benchmarks import record as report
+from lorat.packs.logprobs import logprobs_of
 
 FULL = [(n, d, v) for d, v in [(4096, 50432), (4096, 151936), (3584, 256000)] for n in (256, 1024, 2048, 8192)]
 TOY = [(n, 32, v) for v in (101, 512) for n in (5, 16)]
@@ -32,7 +33,8 @@ Function = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def naive(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    return (hidden @ weight.T).float().log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    """`(N, D)`, `(V, D)`, `(N,)` -> `(N,)` nats, through logits in the type of the operands."""
+    return logprobs_of((hidden @ weight.T).float(), targets)
 
 
 def peers() -> dict[str, Function | str]:
@@ -77,6 +79,7 @@ def with_candidate(candidate: str) -> Function | str:
         return "needs a CUDA device"
 
     def function(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        """As `linear_logprob`: `(N, D)`, `(V, D)`, `(N,)` -> `(N,)` nats."""
         chosen, launch.candidate_of = launch.candidate_of, lambda *_: candidate
         try:
             return linear_logprob(hidden, weight, targets)
@@ -102,7 +105,7 @@ def inputs(rows: int, dim: int, vocab: int, dtype: torch.dtype, device: torch.de
 
 
 def exact(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probs and the gradient of their sum in float64, for the first SAMPLE rows."""
+    """`(N, D)`, `(V, D)`, `(N,)` -> log-probs `(n,)` nats, gradient of their sum `(n, D)`; float64, n = SAMPLE rows."""
     h, y = hidden[:SAMPLE].double(), targets[:SAMPLE]
     logits = torch.cat([h @ w.double().T for w in weight.split(16384)], dim=1)
     logp = logits.log_softmax(-1)
@@ -146,6 +149,7 @@ def peak(call: Callable[[], Any], device: torch.device) -> float | None:
 
 
 def calls(function: Function, hidden: Tensor, weight: Tensor, targets: Tensor) -> dict[str, Callable[[], Any]]:
+    """What is timed, by mode: `function` on `(N, D)`, `(V, D)`, `(N,)`, alone and with the gradient of hidden."""
     leaf = hidden.detach().requires_grad_()
 
     def no_grad():

@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks import record as report
+from lorat.packs.logprobs import logprobs_of
 
 
 def model_with_adapters(vocab: int, dim: int, layers: int, apart: float):
@@ -46,12 +47,13 @@ def model_with_adapters(vocab: int, dim: int, layers: int, apart: float):
 
 
 def logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, way: str) -> Tensor:
+    """`(N, D)`, `(V, D)`, `(N,)` -> `(N,)` float64 nats; `way`: rounded (bf16 logits), exact (float64), else ours."""
     if way == "rounded":  # bf16 logits, softmax in float32
         logits = (hidden.float() @ weight.float().T).bfloat16().float()
-        return logits.log_softmax(-1).gather(1, targets[:, None])[:, 0].double()
+        return logprobs_of(logits, targets).double()
     if way == "exact":
         logits = hidden.double() @ weight.double().T
-        return logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
+        return logprobs_of(logits, targets)
     return linear_logprob(hidden, weight, targets).double()
 
 
@@ -95,6 +97,7 @@ def measure(sequences: int, length: int, vocab: int, dim: int, layers: int, apar
             error[name].append(policy - reference - truths[truth])
 
     def rms(x: Tensor) -> float:
+        """Root mean square of a tensor of any shape."""
         return x.square().mean().sqrt().item()
 
     found = {name: torch.cat(e) for name, e in error.items()}

@@ -39,28 +39,8 @@ REF = "product_2r_float32"
 WAYS = [f"{way}_{dtype}" for way in ("product_r", "product_2r", "factors") for dtype in ("float32", "bfloat16")]
 
 
-class Completions:
-    """Prompts with completions, tokenised and padded once: `ids (n, T)`, and where the completions' tokens are."""
-
-    def __init__(self, tokenizer: Any, prompts: list[str], completions: list[str]) -> None:
-        before = tokenizer(prompts)["input_ids"]
-        rows = [p + c + [tokenizer.eos_token_id] for p, c in zip(before, tokenizer(completions)["input_ids"])]
-        longest = max(map(len, rows))
-        self.ids = torch.tensor([r + [tokenizer.pad_token_id] * (longest - len(r)) for r in rows])
-        at, ends = torch.arange(longest), torch.tensor([[len(r)] for r in rows])
-        self.mask = (at < ends).long()
-        self.counted = (at[1:] >= torch.tensor([[len(p)] for p in before])) & (at[1:] < ends)
-
-    def logps(self, model: Any, rows: Tensor | slice) -> Tensor:
-        """`(rows, T-1)` log-probs in nats, 0 outside the completions."""
-        ids = self.ids[rows]
-        logits = model(input_ids=ids, attention_mask=self.mask[rows], use_cache=False).logits[:, :-1]
-        logps = logits.log_softmax(-1).gather(2, ids[:, 1:, None])[:, :, 0]
-        return logps.masked_fill(~self.counted[rows], 0.0)
-
-
 def changes(model: Any, adapter: str) -> dict[str, Tensor]:
-    """`scale * B @ A` of every adapted layer in float64, by the layer's name in the base model."""
+    """`scale * B @ A`, (out, in) float64, of every adapted layer, by the layer's name in the base model."""
     found = {}
     for name, layer in model.get_base_model().named_modules():
         if hasattr(layer, "lora_A"):
@@ -70,11 +50,12 @@ def changes(model: Any, adapter: str) -> dict[str, Tensor]:
 
 
 def norm(parts: dict[str, Tensor]) -> float:
+    """Frobenius norm over all layers' matrices (out, in)."""
     return math.sqrt(sum(t.square().sum().item() for t in parts.values()))
 
 
 @torch.no_grad()
-def merged_logps(base: Any, delta: dict[str, Tensor], held_out: Completions) -> Tensor:
+def merged_logps(base: Any, delta: dict[str, Tensor], held_out: toy.Completions) -> Tensor:
     """Log-prob `(n,)` of each completion under the float64 base with `delta` added."""
     for name, change in delta.items():
         base.get_submodule(name).weight += change
@@ -98,8 +79,8 @@ def run(base: Any, tokenizer: Any, pairs: list[dict[str, str]], alpha: float, ev
     double = copy.deepcopy(base).double()
     sides = [[x[side] for x in pairs] for side in ("chosen", "rejected")]
     prompts = [x["prompt"] for x in pairs]
-    chosen, rejected = (Completions(tokenizer, prompts[: -o.held_out], s[: -o.held_out]) for s in sides)
-    held_out = Completions(tokenizer, prompts[-o.held_out :], sides[0][-o.held_out :])
+    chosen, rejected = (toy.Completions(tokenizer, prompts[: -o.held_out], s[: -o.held_out]) for s in sides)
+    held_out = toy.Completions(tokenizer, prompts[-o.held_out :], sides[0][-o.held_out :])
     trained = list(adapter_parameters(model, "default").values())
     optimizer = torch.optim.AdamW(trained, lr=o.learning_rate, weight_decay=0.0)
     warm_up = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 20))

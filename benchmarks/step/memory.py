@@ -60,7 +60,7 @@ def predict(case: Row, tokens: int, capability: tuple[int, int] | None) -> Row:
     """What `lorat plan` says of a case, item by item, in MB."""
     from lorat.plan.memory import Planner
 
-    planner = Planner(settings_of(case), models.configuration(case["shape"]), capability=capability)
+    planner = Planner(settings_of(case).workload(), models.configuration(case["shape"]), capability=capability)
     lengths = [(len(e["prompt_ids"]), [len(e["chosen_ids"]), len(e["rejected_ids"])]) for e in case["examples"]]
     plan = planner.at(tokens, lengths[: case["pairs"]])
     items = {i.name: i.bytes / 1e6 for i in plan.items}
@@ -119,7 +119,6 @@ def _short(found: Row) -> Row:
 
 def long_row(case: Row, steps: int, data: Path) -> Row:
     """`steps` steps on pairs of up to 1,024 tokens with the packs that fit the cap: finished, or where it broke."""
-    from lorat.plan.fitting import largest
     from lorat.plan.memory import Planner
 
     case = copy.deepcopy(case) | {"pairs": 4 if case["toy"] else 64, "max_length": 1024 if not case["toy"] else 64}
@@ -133,8 +132,8 @@ def long_row(case: Row, steps: int, data: Path) -> Row:
         data,
     )
     case["examples"] = drawn
-    planner = Planner(settings_of(case), models.configuration(case["shape"]))
-    plan = largest(planner, case["memory_cap"] or 2**40)
+    planner = Planner(settings_of(case).workload(), models.configuration(case["shape"]))
+    plan = planner.largest(case["memory_cap"] or 2**40)
     found = child(case | {"side": "lorat", "max_tokens_per_pack": plan.tokens})
     return {
         "steps": steps,
@@ -152,7 +151,7 @@ def load_row(shape: Row, device: str, shard: str) -> Row:
     from lorat.settings.config import TrustRegionConfig
 
     config = TrustRegionConfig(output_dir="unused", use_cpu=True, bf16=False, dtype="bfloat16")
-    model = draw(config, models.configuration(shape))
+    model = draw(config.base(), config.adapter(), models.configuration(shape))
     size = sum(t.untyped_storage().nbytes() for what, t in stored(model) if what not in ("policy", "reference"))
     with tempfile.TemporaryDirectory() as folder:
         saved = child({"shape": shape, "shard": shard}, "benchmarks.step.loading", "save", folder)

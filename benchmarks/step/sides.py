@@ -49,6 +49,7 @@ class Recorded:
     """A mixin for a Trainer: keeps the loss of every step on the device."""
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The loss of a device batch, a scalar (), as the Trainer computes it."""
         loss = super().training_step(*args, **kwargs)  # type: ignore[misc]
         self.__dict__.setdefault("recorded", []).append(loss.detach())
         return loss
@@ -67,6 +68,7 @@ class Meter(TrainerCallback):
         """Count at the input embedding, which every pass of the model enters once, checkpointing or not."""
 
         def count(module: Any, args: tuple[torch.Tensor, ...]) -> None:
+            """`args[0]`: token ids (B, T)."""
             self.passes[torch.is_grad_enabled()] += args[0].numel()
 
         model.get_input_embeddings().register_forward_pre_hook(count)
@@ -120,9 +122,10 @@ def peak(device: torch.device, before: float) -> dict[str, float | None]:
     return {"base": before, "peak": most, "above": most - before, "reserved": reserved}
 
 
-def tokenizer() -> PreTrainedTokenizerFast:
-    """Never used to tokenise: it tells both sides that 0 pads and 1 ends."""
-    inner = Tokenizer(WordLevel({"<pad>": 0, "<end>": 1}, unk_token="<pad>"))
+def tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
+    """Never used to tokenise: it tells both sides that 0 pads, 1 ends, and how many tokens there are."""
+    words = {"<pad>": 0, "<end>": 1} | {f"<{i}>": i for i in range(2, vocabulary)}
+    inner = Tokenizer(WordLevel(words, unk_token="<pad>"))
     return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="<end>")
 
 
@@ -175,7 +178,13 @@ def lorat_trainer(case: Case, model: Any, folder: str, meter: Meter) -> Any:
         settings["max_tokens_per_pack"] = case["max_tokens_per_pack"]
     side = type("LoratSide", (Recorded, TrustRegionTrainer), {})
     data = Dataset.from_list(case["examples"])
-    return side(model, TrustRegionConfig(**settings), data, processing_class=tokenizer(), callbacks=[meter])
+    return side(
+        model,
+        TrustRegionConfig(**settings),
+        data,
+        processing_class=tokenizer(model.config.vocab_size),
+        callbacks=[meter],
+    )
 
 
 def trl_trainer(case: Case, model: Any, folder: str, meter: Meter) -> Any:
@@ -209,7 +218,7 @@ def trl_trainer(case: Case, model: Any, folder: str, meter: Meter) -> Any:
         get_peft_model(model, lora) if wrap else model,
         args=config,
         train_dataset=Dataset.from_list(examples),
-        processing_class=tokenizer(),
+        processing_class=tokenizer(model.config.vocab_size),
         callbacks=[meter],
         peft_config=None if wrap else lora,
     )

@@ -117,7 +117,7 @@ def make_world(recipe: Recipe, folder: Path, seed: int) -> dict[str, float]:
     tokenizer.save_pretrained(folder / "sft")
     base = load_base(config_of(recipe, folder).base())
     pairs = toy.preference_pairs(base, tokenizer, recipe.steps * recipe.batch, seed=seed + 1, temperature=recipe.noise)
-    (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    write_whole(folder / "pairs.jsonl", "".join(json.dumps(pair) + "\n" for pair in pairs))
     found = measure(base, None, tokenizer, recipe.samples, seed)
     wrong = sum(toy.gold_reward(p["prompt"], p["chosen"]) < toy.gold_reward(p["prompt"], p["rejected"]) for p in pairs)
     found["labels against gold"] = wrong / len(pairs)

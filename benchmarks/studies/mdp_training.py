@@ -45,6 +45,7 @@ def batch_losses(method: str, beta: float, chosen: Tensor, rejected: Tensor) -> 
         lengths = torch.full_like(chosen[0], LENGTH)
 
         def ipo(won: Tensor, lost: Tensor) -> Tensor:
+            """One run: `(B,)` and `(B,)` nats -> `(B,)` losses."""
             return ipo_loss(won, lost, beta=beta, chosen_lengths=lengths, rejected_lengths=lengths).losses
 
         losses = torch.vmap(ipo)(chosen, rejected)
@@ -66,6 +67,7 @@ class Moving:
 
     @classmethod
     def at(cls, rules: list[Reference], weights: Tensor) -> Moving:
+        """References that stand at `weights: (R, P)`."""
         zeros = torch.zeros(len(rules), dtype=torch.float64)
         with torch.no_grad():
             return cls(rules, weights.clone(), log_table(weights), zeros, zeros.clone(), zeros.clone())

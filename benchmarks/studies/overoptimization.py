@@ -99,6 +99,7 @@ _given: dict[str, Any] = {}
 
 
 def _worker(worlds: Worlds, batches: dict[str, Tensor]) -> None:
+    """What a process computes with: the worlds, and by regime the batches, `(T, S, B, 2)` trajectory indices."""
     torch.set_num_threads(1)
     _given.update(worlds=worlds, batches=batches)
 

@@ -53,7 +53,7 @@ def picked_elsewhere(score: Tensor, *others: Tensor) -> list[Tensor]:
 
 
 def paired(differences: Tensor) -> dict[str, float]:
-    """Mean over worlds and its standard error; nan if a world is missing."""
+    """Mean of `(S,)` differences over worlds and its standard error; nan if a world is missing."""
     n = len(differences)
     error = differences.std().item() / math.sqrt(n) if n > 1 else math.nan
     return {"mean": differences.mean().item(), "se": error}
@@ -77,6 +77,7 @@ def readings(members: list[Run], kls: Sequence[float]) -> dict[str, tuple[list[s
     names = [r.name for r in members]
 
     def stacked(tensors: Iterable[Tensor]) -> Tensor:
+        """Tensors `(S,)` of the choices -> `(choices, S)`."""
         return torch.stack(list(tensors))
 
     out = {"end": (names, stacked(r.gold[:, -1] for r in members), stacked(r.ood[:, -1] for r in members))}
@@ -90,6 +91,7 @@ def readings(members: list[Run], kls: Sequence[float]) -> dict[str, tuple[list[s
 
 
 def _best(score: Tensor) -> int:
+    """The choice of the best mean over worlds: `(choices, S)` -> its place."""
     return int(score.mean(1).nan_to_num(nan=-math.inf).argmax())
 
 

@@ -54,7 +54,7 @@ def plan_of(device: torch.device) -> Plan | None:
 
 
 def candidate_of(hidden: Tensor, weight: Tensor) -> str:
-    """`"fused"`, `"cublas"`, or `"torch"` for whatever has no kernel."""
+    """What serves `hidden: (N, D)`, `weight: (V, D)`: `"fused"`, `"cublas"`, or `"torch"` where there is no kernel."""
     if hidden.device.type != "cuda" or not available() or torch.float64 in (hidden.dtype, weight.dtype):
         return "torch"
     plan = plan_of(hidden.device)
@@ -142,6 +142,11 @@ def parts_of(hidden: Tensor, weight: Tensor) -> Tensor:
 
 
 def _fused_chunk(hidden, weight, targets, bias, logp, with_grad, options: Options, unit, step, plan) -> Tensor | None:
+    """A chunk of n rows by the logits kernel: `hidden: (n, D)`, `weight: (V, D)`, `targets: (n,)`, `bias: (V,)` or None.
+
+    Writes `logp: (n,)` float32 nats; returns `(n, V)` residuals `(onehot − p)·slope·unit` in the head's type, whose
+    product with the head is the gradient times `unit·temperature`; None without gradient.
+    """
     from .kernels import logits_kernel, reduce_kernel, residual_kernel
 
     (rows, dim), vocab = hidden.shape, weight.shape[0]
@@ -224,6 +229,7 @@ def _fused_chunk(hidden, weight, targets, bias, logp, with_grad, options: Option
 
 
 def _cublas_chunk(hidden, weight, targets, bias, logp, with_grad, options: Options, unit, step, plan) -> Tensor | None:
+    """As `_fused_chunk`, with the product by cuBLAS in float32 and one kernel a row; `step`: rows of a full chunk."""
     from .kernels import row_kernel
 
     rows, vocab = hidden.shape[0], weight.shape[0]
@@ -266,7 +272,7 @@ def _front(z: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _matmul_float32(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
-    """`a @ b` summed and returned in float32, whatever the operands; into `out` where given."""
+    """`a @ b`, (m, k) by (k, n) -> (m, n), summed and returned in float32 whatever the operands; into `out` if given."""
     if a.device.type == "cuda" and a.dtype == b.dtype and a.dtype != torch.float32:
         if out is None:
             return torch.mm(a, b, out_dtype=torch.float32)

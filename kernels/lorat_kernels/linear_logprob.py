@@ -60,8 +60,8 @@ def linear_logprob(
     with_grad = torch.is_grad_enabled() and hidden.requires_grad
     if torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad)):
         raise ValueError(
-            "The head (weight or bias) requires grad, and linear_logprob computes no gradient for it: it would stay "
-            "untrained without a word. Freeze it with requires_grad_(False) and adapt other layers, or use "
+            "The head (weight or bias) requires grad, and linear_logprob computes no gradient for it: it would silently "
+            "stay untrained. Freeze it with requires_grad_(False) and adapt other layers, or use "
             "lorat_kernels.naive.linear_logprob, which differentiates the head."
         )
     if not torch.compiler.is_compiling():
@@ -75,6 +75,7 @@ def linear_logprob(
 class _LinearLogprob(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, options: tuple):
+        """Log-probs (N,) nats; keeps `∂logp_i/∂h_i` (N, D), which is finished here."""
         logp, grad = _forward(hidden, weight, targets, bias, True, *options)
         ctx.save_for_backward(grad)
         ctx.dtype = hidden.dtype
@@ -83,6 +84,7 @@ class _LinearLogprob(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor):
+        """`upstream`: (N,) -> the gradient of hidden, (N, D) in its type; nothing for the others."""
         (grad,) = ctx.saved_tensors
         if torch.compiler.is_compiling():
             return (grad * upstream[:, None]).to(ctx.dtype), None, None, None, None
@@ -142,6 +144,7 @@ def _check(
     chunk_rows: int | None,
     budget: int,
 ) -> None:
+    """Raise `ValueError` unless hidden (N, D), weight (V, D), targets (N,), bias (V,) and the settings fit."""
     if not isinstance(weight, Tensor):
         raise ValueError(
             f"weight is a {type(weight).__name__}, not a tensor: pass the head's weight. Of a head under an adapter the "
@@ -175,6 +178,7 @@ def _check(
 
 
 def _check_range(targets: Tensor, vocab: int, ignore_index: int) -> None:
+    """Raise `ValueError` for a target (N,) outside the vocabulary; on the CPU alone."""
     if targets.device.type != "cpu" or targets.numel() == 0:
         return  # on a GPU a look at the values would wait for it; the log-prob is NaN there
     wrong = ((targets < 0) | (targets >= vocab)) & (targets != ignore_index)

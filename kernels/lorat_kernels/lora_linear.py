@@ -31,6 +31,7 @@ class _LoraLinear(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, a: Tensor, b: Tensor, weight: Tensor, state: Any, bias: Any, scale: float
     ) -> Tensor:
+        """`x`: (…, in), `a`: (r, in), `b`: (out, r), `weight`: (out, in) or packed -> (…, out) in the type of x."""
         rows = x.reshape(-1, x.shape[-1])
         y = linear(rows, dense(weight, state, x.dtype), bias if bias is None else bias.to(x.dtype))
         inner = rows @ a.to(x.dtype).T
@@ -41,6 +42,7 @@ class _LoraLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        """Gradient (…, out) -> those of x (…, in), a (r, in) and b (out, r), each in its own type."""
         x, inner, a, b, weight = ctx.saved_tensors
         g = grads[0].reshape(-1, grads[0].shape[-1])
         needs_x, needs_a, needs_b = ctx.needs_input_grad[:3]

@@ -58,10 +58,10 @@ def run(o: argparse.Namespace) -> int:
         raise ConfigError("--samples must be at least 0, --bins at least 1, and --beta above 0.")
 
     from ..measure.generation import Sampling
-    from ..runs.folder import find
+    from ..runs.folder import models_of
 
     sampling = Sampling(max_new_tokens=o.max_new_tokens, seed=o.seed, batch_size=o.batch_size)
-    found = find(o.run, o.reference, o.start)
+    found = models_of(o.run, o.reference, o.start)
     for name in o.sample_from if o.samples else ():
         found.which(name)
     out = result_path(o.out, Path(o.run) / EVAL if Path(o.run).is_dir() else None, o.overwrite)
@@ -70,7 +70,7 @@ def run(o: argparse.Namespace) -> int:
     from ..data.prepare import digest, prepare
     from ..data.reading import load_preference_data
     from ..files import Pieces, write_whole
-    from ..measure.evaluation import Plan, evaluate
+    from ..measure.evaluation import Scope, evaluate
 
     raw = load_preference_data(o.data, o.split, o.subset)
     lineup = lineup_of(found, o)
@@ -87,7 +87,7 @@ def run(o: argparse.Namespace) -> int:
         rows=row_settings(o, settings),
     )
     console.print(report.render(), soft_wrap=True, markup=False)
-    plan = Plan(
+    scope = Scope(
         beta=o.beta or float(settings.get("beta", 0.1)),
         length_normalize=bool(settings.get("length_normalize", False)),
         bins=o.bins,
@@ -100,7 +100,7 @@ def run(o: argparse.Namespace) -> int:
     belongs = {**who, "data": digest(rows), "samples": o.samples, **vars(sampling), "pack": o.max_tokens_per_pack}
     pieces = Pieces(out.with_name(f"{out.name}.part"), belongs, o.overwrite)
     with going_on(), progress_bars() as progress:
-        numbers = evaluate(lineup, list(rows), plan, pieces, progress)
+        numbers = evaluate(lineup, list(rows), scope, pieces, progress)
     numbers = {
         "run": str(o.run),
         "data": {

@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     from ..measure.samples import FORMATS
 
     parser.description = (
-        "Answer prompts with the policy, or with another model of a run. A killed run goes on when the same command is "
+        "SampledAnswer prompts with the policy, or with another model of a run. A killed run goes on when the same command is "
         "run again."
     )
     parser.epilog, parser.formatter_class = KINDS, argparse.RawDescriptionHelpFormatter
@@ -63,13 +63,13 @@ def run(o: argparse.Namespace) -> int:
 
     from ..data.prompts import encode_prompts, read_prompts
     from ..files import Pieces, write_whole
-    from ..measure.generation import Request, Sampling, fit, sample, texts
-    from ..measure.samples import Answer, check_format, render
+    from ..measure.generation import Request, Sampling, sample, texts, within_positions
+    from ..measure.samples import SampledAnswer, check_format, render
     from ..model.base import check_fit
-    from ..runs.folder import find
+    from ..runs.folder import models_of
 
     sampling = Sampling(o.temperature, o.top_p, o.greedy, o.max_new_tokens, o.seed, o.batch_size)
-    found = find(o.run, o.reference, o.start)
+    found = models_of(o.run, o.reference, o.start)
     out = result_path(o.out, None, o.overwrite)
     who = found.which(o.adapter)
     prompts = read_prompts(o.prompts, o.split, o.subset)
@@ -77,19 +77,21 @@ def run(o: argparse.Namespace) -> int:
 
     lineup = lineup_of(found, o)
     template = o.template.replace("\\n", "\n") if o.template else None
-    ids, how, notes = fit(lineup, encode_prompts(prompts, lineup.tokenizer, o.chat, template), sampling)
+    ids, sampling, notes = within_positions(
+        lineup, encode_prompts(prompts, lineup.tokenizer, o.chat, template), sampling
+    )
     check_fit(lineup.model.get_base_model(), max(map(max, ids)), max(map(len, ids)))
     requests = [Request(p, s, ids[p]) for p in range(len(ids)) for s in range(o.samples)]
     identity = lineup.identity()
     identity["adapters"] = {m: sha for m, sha in identity["adapters"].items() if m == who}
     told = hashlib.sha256(json.dumps(ids).encode()).hexdigest()
-    belongs = {**identity, "model": who, "prompts": told, "samples": o.samples, **vars(how)}
+    belongs = {**identity, "model": who, "prompts": told, "samples": o.samples, **vars(sampling)}
     pieces = Pieces(out.with_name(f"{out.name}.part"), belongs, o.overwrite)
     with going_on(), progress_bars() as progress:
         tick = progress(f"sampling from the {who}", len(requests))
-        done = sample(lineup, who, requests, how, pieces, tick)
+        done = sample(lineup, who, requests, sampling, pieces, tick)
     answers = [
-        Answer(r.prompt, prompts[r.prompt], r.sample, text, len(c.ids) - c.ended, c.ended)
+        SampledAnswer(r.prompt, prompts[r.prompt], r.sample, text, len(c.ids) - c.ended, c.ended)
         for r, c, text in zip(requests, done, texts(lineup, done), strict=True)
     ]
     folder = Path(o.run).resolve().name
@@ -98,7 +100,7 @@ def run(o: argparse.Namespace) -> int:
     pieces.remove()
     console = terminal()
     if cut := sum(not a.ended for a in answers):
-        notes.append(f"{cut} of {len(answers)} answers were cut at {how.max_new_tokens} tokens.")
+        notes.append(f"{cut} of {len(answers)} answers were cut at {sampling.max_new_tokens} tokens.")
     for note in notes:
         console.print(f"• {note}", soft_wrap=True, markup=False)
     console.print(f"{len(answers)} answers of the {who} to {len(prompts)} prompts: {out}", soft_wrap=True, markup=False)

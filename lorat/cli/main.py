@@ -50,7 +50,8 @@ def main(argv: list[str] | None = None) -> int:
     if argv[0] not in COMMANDS:
         print(f"lorat: {argv[0]!r} is not a command.\n\n{usage()}", file=sys.stderr, end="")
         return 2
-    quieten()
+    if not {"-h", "--help"} & set(argv):  # the libraries take seconds to import
+        quieten()
     try:
         command = import_module(f".{argv[0]}", __package__)
         return command.run(parse(command, argv[0], argv[1:]))

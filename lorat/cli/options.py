@@ -46,7 +46,7 @@ def add_row_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _mapping(text: str) -> dict[str, str | None]:
-    from ..settings.coercion import mapping
+    from ..settings.sources import mapping
 
     try:
         return mapping(text)

@@ -40,24 +40,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Print the prediction; returns 0 if it fits (or nothing was asked to be fitted into), 1 if not."""
     config, fixed = _config(options.settings)
+    from ..plan.advice import advised
     from ..plan.blueprint import read_model_config
-    from ..plan.fitting import advised, bytes_of, largest
+    from ..plan.card import bytes_of
     from ..plan.memory import Planner
 
     gpu_memory = options.gpu_memory or getattr(config, "gpu_memory", None)
     available = bytes_of(gpu_memory) if gpu_memory else None
     if available is None and torch.cuda.is_available():
         available = torch.cuda.get_device_properties(0).total_memory
-    model_config = read_model_config(config)
-    planner = Planner(config, model_config, context=bytes_of(options.cuda_context))
+    workload = config.workload()
+    planner = Planner(workload, read_model_config(workload.base), context=bytes_of(options.cuda_context))
     others: list[Plan] = []
     if available is None or fixed:
         out = planner.at(config.max_tokens_per_pack, available=available)
         others = [planner.at(n) for n in PACKS] if available is None else []
     else:
-        out = largest(planner, available, options.longest_example)
+        out = planner.largest(available, options.longest_example)
     if not out.fits:
-        out = advised(config, model_config, out, options.longest_example)
+        out = advised(planner, out, options.longest_example)
     if options.json:
         print(json.dumps({"model": config.model_name_or_path, **out.as_dict()}))
     else:
@@ -67,10 +68,10 @@ def run(options: argparse.Namespace) -> int:
 
 def _config(argv: list[str]) -> tuple[TrustRegionConfig, bool]:
     """The run's settings; those that a plan does not need may be missing. Also: whether packs of a size were asked for."""
-    from ..settings.arguments import REQUIRED, parse_config, types
+    from ..settings.arguments import REQUIRED, flags, parse_config
     from ..settings.sources import read_argv, read_yaml
 
-    path, line, _ = read_argv(argv, {key for key, hint in types().items() if hint in (bool, bool | None)})
+    path, line, _ = read_argv(argv, flags())
     given = (read_yaml(path) if path is not None else {}) | line
     for key in REQUIRED:
         if key != "model_name_or_path" and key not in given:

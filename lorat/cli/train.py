@@ -9,11 +9,17 @@ from pathlib import Path
 from .terminal import out_of_memory, say_error
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from ..settings.arguments import help_text
+class _Settings(argparse.HelpFormatter):
+    """The settings' own text, made where it is asked for."""
 
-    parser.usage = argparse.SUPPRESS  # the settings' own text begins with it
-    parser.description, parser.formatter_class = help_text(), argparse.RawDescriptionHelpFormatter
+    def format_help(self) -> str:
+        from ..settings.arguments import help_text
+
+        return help_text().rstrip("\n") + "\n\n  -h, --help  show this text and end\n"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.formatter_class = _Settings
     parser.set_defaults(settings=[])
 
 

@@ -1,27 +1,32 @@
 """Raw preference data -> tokenised examples, with an account of every row.
 
-A row that cannot teach anything is dropped and reported with its number. Everything is read once, in one process,
-and what was tokenised before passes through untouched. Reading files is in `reading.py`.
+A row that cannot teach anything is dropped and reported with its number. What was tokenised before passes through
+untouched. Rows are tokenised in as many processes as asked, so that each gives its part of the account as columns
+beside its ids. Reading files is in `reading.py`, what rows mean in `formats.py` and `canonical.py`.
 """
 
 from __future__ import annotations
 
 import hashlib
+import uuid
+from collections.abc import Sequence
 from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, Features
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import DataError
+from . import notes
 from .canonical import examples
 from .columns import AS_WRITTEN, RowSettings, shown
 from .formats import detect
-from .notes import Notes
+from .layout import Format
 from .reading import quiet
-from .report import DataReport, row_list
+from .report import ACCOUNT, DataReport, row_list
 from .templates import Template, no_template
 from .tokenised import PAIR, SINGLE, check_classes, pass_through
 from .tokenization import Tokens, as_row, check_tokenizer, encode, truncate, unfit
@@ -40,6 +45,7 @@ def prepare(
     name: str = "train",
     rows: RowSettings = AS_WRITTEN,
     weights: tuple[float, float] = (1.0, 1.0),
+    num_proc: int | None = None,
 ) -> tuple[Dataset, DataReport]:
     """Raw preference data of any accepted layout -> tokenised examples (columns `PAIR` or `SINGLE`) and a report.
 
@@ -47,6 +53,7 @@ def prepare(
     completion) and `max_prompt_length`; "drop" cuts nothing and drops what exceeds either. Method kto splits pairs:
     all chosen first, then all rejected. `rows` says how rows are read; `weights` (desirable, undesirable) are KTO's, for
     the report alone. Data with a `prompt_ids` column passes through, whatever its lengths.
+    `num_proc`: processes that tokenise; the result does not depend on it.
     Raises `DataError` when the layout is unknown, no row is left, every completion lost its EOS, tokenised data is
     broken, or one of KTO's classes has no completion.
     """
@@ -62,59 +69,87 @@ def prepare(
     columns = SINGLE if form.unpair or form.layout == "kto" else PAIR
     unit = "completions" if form.layout == "kto" else "rows" if form.shape else "pairs"
     report = DataReport(name, form.name + form.unpair * ", split into single completions", unit, len(dataset))
-    account: set[str] = set()
-    notes, template = Notes(tokenizer, form), Template(tokenizer, rows.chat_template_kwargs)
-    uncut: list[int] = []  # totals before cutting, of every example that could be tokenised
-    sizes: list[tuple[int, ...]] = []
-    labels = [0, 0]
-
-    def tokenize(batch: dict[str, list], numbers: list[int], side: str | None = None) -> dict[str, list]:
-        usable = []
-        for row, cells in zip(numbers, zip(*batch.values())):
-            for example in examples(dict(zip(batch, cells)), form, account):
-                if isinstance(example, str):
-                    report.drop(example, row)
-                    continue
-                if side != "rejected":
-                    notes.see(example, row)
-                if side:
-                    rest = {key: example[key] for key in example if key not in ("chosen", "rejected")}
-                    example = rest | {"completion": example[side], "label": side == "chosen"}
-                usable.append((row, example))
-        kept: list[dict] = []
-        for (row, example), tokens in zip(usable, encode([example for _, example in usable], tokenizer, template)):
-            if isinstance(tokens, Tokens):
-                uncut.append(tokens.total)
-                if overlong == "truncate":
-                    tokens = truncate(tokens, max_length, max_prompt_length, tokenizer.bos_token_id)
-                tokens = unfit(tokens, max_length, max_prompt_length) or tokens
-            if isinstance(tokens, str):
-                report.drop(tokens, row)
-                continue
-            report.prompts_cut += tokens.cut_prompt
-            report.completions_cut += sum(tokens.cut)
-            sizes.append((len(tokens.prompt), *map(len, tokens.completions)))
-            kept.append(as_row(row, tokens, example.get("label")))
-            if "label" in example:
-                labels[not example["label"]] += 1
-        return {column: [example[column] for example in kept] for column in columns}
-
     raw = dataset.select_columns(list(form.reads))
-    options: dict[str, Any] = {"batched": True, "with_indices": True, "load_from_cache_file": False}
-    options |= {"features": Features(columns), "remove_columns": raw.column_names}
-    sides = [{"side": side} for side in ("chosen", "rejected")] if form.unpair else [{}]
+    how = {"form": form, "template": Template(tokenizer, rows.chat_template_kwargs), "columns": tuple(columns)}
+    how |= {"overlong": overlong, "max_length": max_length, "max_prompt_length": max_prompt_length}
+    options: dict[str, Any] = {"batched": True, "with_indices": True, "remove_columns": raw.column_names}
+    options |= {"features": Features(columns | ACCOUNT), "load_from_cache_file": False}
+    if num_proc and num_proc > 1 and len(raw) > 1:
+        options["num_proc"] = min(num_proc, len(raw))
+    sides = ["chosen", "rejected"] if form.unpair else [None]
     with quiet():
-        result = datasets.concatenate_datasets([raw.map(tokenize, fn_kwargs=side, **options) for side in sides])
-    report.measure(sizes)
-    report.longest = max(uncut, default=0)
-    report.read, report.roles = form.reads, tuple(sorted(a for a in account if "→" in a))
-    report.unread = (*form.unread, *sorted(a for a in account if "→" not in a))
-    report.notes += notes.lines() + template.lines()
-    if report.completions_cut == sum(len(size) - 1 for size in sizes):  # nothing kept, or nothing kept whole
-        raise DataError(_nothing_left(report, sorted(uncut)))
+        parts = [
+            raw.map(tokenise, fn_kwargs={**how, "side": side}, new_fingerprint=uuid.uuid4().hex, **options)
+            for side in sides  # with a name given, `datasets` need not pickle the tokenizer to make one
+        ]
+        entries = datasets.concatenate_datasets(parts).with_format("arrow")
+        options = {"batched": True, "batch_size": 10_000, "load_from_cache_file": False}
+        options |= {"features": Features(columns), "remove_columns": list(ACCOUNT)}
+        result = entries.map(_kept, **options).with_format(None)
+    uncut, said = report.enter(entries)
+    report.read, report.roles = form.reads, notes.roles(said)
+    report.unread = (*form.unread, *notes.fields(said))
+    report.notes += notes.lines(said, form, bool(tokenizer.chat_template))
+    if report.completions_cut == report.rows_kept * (len(columns) - 2 - ("label" in columns)):  # or nothing is kept
+        raise DataError(_nothing_left(report, uncut))
     if columns is SINGLE:
-        check_classes(report, labels, weights)
+        desirable = int(pc.sum(result.with_format("arrow")[:]["label"]).as_py() or 0)
+        check_classes(report, (desirable, len(result) - desirable), weights)
     return result, report
+
+
+def tokenise(
+    batch: dict[str, list],
+    numbers: list[int],
+    *,
+    form: Format,
+    template: Template,
+    columns: Sequence[str],
+    max_length: int | None,
+    max_prompt_length: int | None,
+    overlong: str,
+    side: str | None,
+) -> dict[str, list]:
+    """Raw rows, column by column, -> their tokenised examples with their `ACCOUNT`; ids of a dropped one are null.
+
+    `numbers`: the rows' numbers. `side`: the side of each pair to take as a single completion (method kto).
+    """
+    tokenizer = template.tokenizer
+    entries: list[dict[str, Any]] = []
+    usable: list[tuple[dict[str, Any], dict[str, Any]]] = []
+    special = [token for token in tokenizer.all_special_tokens if token]
+    for row, cells in zip(numbers, zip(*batch.values())):
+        account: set[str] = set()
+        for example in examples(dict(zip(batch, cells)), form, account):
+            entry: dict[str, Any] = {"row": row}
+            entries.append(entry)
+            if isinstance(example, str):
+                entry["dropped"] = example
+                continue
+            if side != "rejected":
+                entry["said"] = notes.joined(account | notes.seen(example, special))
+            if side:
+                rest = {key: example[key] for key in example if key not in ("chosen", "rejected")}
+                example = rest | {"completion": example[side], "label": side == "chosen"}
+            usable.append((entry, example))
+    for (entry, example), tokens in zip(usable, encode([example for _, example in usable], tokenizer, template)):
+        if isinstance(tokens, Tokens):
+            entry["uncut"] = tokens.total
+            if tokens.note and side != "rejected":
+                entry["said"] = notes.joined({*entry["said"].split("\n"), tokens.note})
+            if overlong == "truncate":
+                tokens = truncate(tokens, max_length, max_prompt_length, tokenizer.bos_token_id)
+            tokens = unfit(tokens, max_length, max_prompt_length) or tokens
+        if isinstance(tokens, str):
+            entry["dropped"] = tokens
+            continue
+        entry |= {"prompt_cut": tokens.cut_prompt, "cut": sum(tokens.cut)}
+        entry |= as_row(entry["row"], tokens, example.get("label"))
+    return {c: [entry.get(c) for entry in entries] for c in (*columns, *ACCOUNT)}
+
+
+def _kept(table: pa.Table) -> pa.Table:
+    return table.filter(pc.is_null(table["dropped"])).drop_columns(list(ACCOUNT))
 
 
 def _nothing_left(report: DataReport, uncut: list[int]) -> str:

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import bisect
 import math
+from collections import Counter
 from dataclasses import dataclass, field
+
+import pyarrow.compute as pc
+from datasets import Dataset, Value
+
+# What each example says for the report: why it was dropped, its uncut length, what was cut, and marks of `notes.py`, a
+# line each (null where there is no example, or where the other side of its pair says them).
+ACCOUNT = {"dropped": Value("string"), "uncut": Value("int64"), "prompt_cut": Value("bool"), "cut": Value("int8")}
+ACCOUNT |= {"said": Value("string")}
 
 
 @dataclass
@@ -38,6 +47,30 @@ class DataReport:
         place = bisect.bisect_left(rows, row)
         if rows[place : place + 1] != [row]:
             rows.insert(place, row)
+
+    def enter(self, rows: Dataset) -> tuple[list[int], Counter[str]]:
+        """Fills everything in from tokenised examples with their `ACCOUNT` (arrow format).
+
+        Returns all uncut totals, sorted, and how often each mark was said ("" counts the examples).
+        """
+        uncut: list[int] = []
+        sizes: list[tuple[int, ...]] = []
+        said: Counter[str] = Counter()
+        for table in rows.iter(10_000):
+            for row, reason in zip(table["row"].to_pylist(), table["dropped"].to_pylist()):
+                if reason is not None:
+                    self.drop(reason, row)
+            for marks, count in Counter(table["said"].drop_null().to_pylist()).items():
+                said.update(dict.fromkeys({"", *marks.split("\n")}, count))
+            uncut += table["uncut"].drop_null().to_pylist()
+            table = table.filter(pc.is_null(table["dropped"]))
+            self.prompts_cut += pc.sum(table["prompt_cut"]).as_py() or 0
+            self.completions_cut += pc.sum(table["cut"]).as_py() or 0
+            lists = [table[c] for c in table.column_names if c.endswith("_ids")]
+            sizes += zip(*(pc.list_value_length(ids).to_pylist() for ids in lists))
+        self.measure(sizes)
+        self.longest = max(uncut, default=0)
+        return sorted(uncut), said
 
     def measure(self, sizes: list[tuple[int, ...]]) -> None:
         """Fills in `rows_kept` and `lengths` from (prompt, completion, ...) lengths, one tuple per example."""

@@ -49,11 +49,7 @@ class Template:
         self.tokenizer = tokenizer
         self.kwargs = dict(kwargs or {})
         self.patterns: dict[Any, str | None] = {}
-        self.notes: dict[str, int] = {}
-
-    def lines(self) -> list[str]:
-        """What the rows that were written leave to say, a line each."""
-        return [f"{count} messages: {note}." for note, count in self.notes.items()]
+        self.note: str | None = None  # what is to be said of the row rendered last
 
     def write(self, messages: list[dict], opened: bool, extra: dict[str, Any]) -> str:
         """Messages as text; `opened`: up to where the model's answer begins. Raises `Refused`."""
@@ -74,6 +70,7 @@ class Template:
         if bad := set(extra) & RESERVED:
             return f"chat_template_kwargs sets {', '.join(sorted(bad))}, which lorat sets itself"
         extra |= {"tools": tools} if tools else {}
+        self.note = None
         try:
             served = self.write(prompt, True, extra)
             self._check_prompt(prompt, served, tools)
@@ -89,7 +86,7 @@ class Template:
                 kept = text.rpartition(THINK_END)[2].strip()
                 if message["role"] != "assistant" or THINK_END not in text or kept not in served:
                     raise Refused(f"the chat template does not write the {message['role']} message as it is given")
-                self.notes[HISTORY] = self.notes.get(HISTORY, 0) + 1
+                self.note = HISTORY
             _check_calls(message, served)
         for tool in tools or []:
             name = tool.get("function", tool).get("name") if isinstance(tool, dict) else None

@@ -22,12 +22,16 @@ COMPLETIONS = ("chosen", "rejected", "completion")
 
 @dataclass
 class Tokens:
-    """One example: `prompt` ids and one list of ids per completion; `cut_prompt`, `cut` say what was truncated."""
+    """One example: `prompt` ids and one list of ids per completion; `cut_prompt`, `cut` say what was truncated.
+
+    `note`: what the chat template left out that is worth telling.
+    """
 
     prompt: list[int]
     completions: list[list[int]]
     cut_prompt: bool = False
     cut: tuple[bool, ...] = ()
+    note: str | None = None
 
     @property
     def total(self) -> int:
@@ -100,13 +104,18 @@ def encode(
     Conversations start as the chat template writes them, as they do when the model is served.
     """
     template = template or Template(tokenizer)
-    rendered = [render(example, tokenizer, template) for example in examples]
+    rendered: list[Any] = []
+    said: list[Any] = []
+    for example in examples:
+        template.note = None
+        rendered.append(render(example, tokenizer, template))
+        said.append(template.note)
     texts = [text for item in rendered if not isinstance(item, str) for text in (item[0], *item[1])]
     options = {"add_special_tokens": False, "return_attention_mask": False, "return_token_type_ids": False}
     ids = iter(tokenizer(texts, verbose=False, **options).input_ids if texts else [])
     bos = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
     results: list[Tokens | str] = []
-    for example, item in zip(examples, rendered):
+    for example, item, note in zip(examples, rendered, said):
         if isinstance(item, str):
             results.append(item)
             continue
@@ -118,7 +127,7 @@ def encode(
         elif any(len(f) == n for f in full):
             results.append("empty completion")
         else:
-            results.append(Tokens(prompt[:n], [[*f[n:], tokenizer.eos_token_id] for f in full]))
+            results.append(Tokens(prompt[:n], [[*f[n:], tokenizer.eos_token_id] for f in full], note=note))
     return results
 
 

@@ -20,6 +20,7 @@ from datasets import Dataset
 from rich.console import Console
 from rich.table import Table
 
+from ..files import write_whole
 from ..model.base import load_base
 from ..runs import checkpoint as ck
 from ..settings.config import CHECKPOINTING, TrustRegionConfig
@@ -66,7 +67,7 @@ def _run(out: Path, seed: int, pairs: int) -> dict[str, Row]:
             f"{str(out)!r} is not empty and holds no earlier demo; name another folder with --out."
         )
     out.mkdir(parents=True, exist_ok=True)
-    (out / "demo.json").write_text("{}\n")
+    write_whole(out / "demo.json", "{}\n")
 
     tokenizer = toy.make_tokenizer()
     with console.status("Teaching a tiny GPT-NeoX to speak from sloppy demonstrations (SFT) …"):
@@ -86,8 +87,8 @@ def _run(out: Path, seed: int, pairs: int) -> dict[str, Row]:
         held_out = toy.preference_pairs(base, tokenizer, pairs // 8, seed=seed + 2)
         prompts = random.Random(seed).choices(toy.PROMPTS, k=SAMPLED)
         rows = {"SFT": _measure(base, None, tokenizer, prompts, held_out, seed)}
-    (out / "held-out.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in held_out))
-    (out / "prompts.txt").write_text("".join(f"{prompt}\n" for prompt in toy.PROMPTS))
+    write_whole(out / "held-out.jsonl", "".join(json.dumps(pair) + "\n" for pair in held_out))
+    write_whole(out / "prompts.txt", "".join(f"{prompt}\n" for prompt in toy.PROMPTS))
     console.print(f"Preference pairs: {len(train)} to train on, {len(held_out)} held out\n")
 
     for name, settings in RUNS.items():
@@ -103,8 +104,8 @@ def _run(out: Path, seed: int, pairs: int) -> dict[str, Row]:
     _show(console, rows, prompts)
     took = time.perf_counter() - began
     summary = {name: {k: v for k, v in vars(row).items() if k != "samples"} for name, row in rows.items()}
-    (out / "demo.json").write_text(
-        json.dumps({"seed": seed, "seconds": round(took, 1), "rows": summary}, indent=1) + "\n"
+    write_whole(
+        out / "demo.json", json.dumps({"seed": seed, "seconds": round(took, 1), "rows": summary}, indent=1) + "\n"
     )
     console.print(
         f"Adapters: {out / 'dpo'} and {out / 'tr-dpo'} (plain PEFT adapters; README.md in each says how to load it)."
@@ -150,6 +151,7 @@ def _measure(model, without_adapter, tokenizer, prompts: list[str], held_out: li
         return row
 
     def log_ratio(texts: list[str], completions: list[str]) -> torch.Tensor:
+        """Policy minus SFT of n completions, `(n,)` nats."""
         policy = toy.sequence_logps(model, tokenizer, texts, completions)
         with without_adapter():
             return policy - toy.sequence_logps(model, tokenizer, texts, completions)
@@ -162,6 +164,7 @@ def _measure(model, without_adapter, tokenizer, prompts: list[str], held_out: li
 
 
 def _error(x: torch.Tensor) -> float:
+    """Standard error of the mean of `(n,)` values."""
     return (x.std() / len(x) ** 0.5).item()
 
 

@@ -24,6 +24,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
+from ..packs.logprobs import logprobs_of
+
 ANIMALS = ("bear", "cat", "dog", "fox", "owl", "rabbit")
 SIZES = ("big", "old", "small", "young")
 KIND = ("brave", "gentle", "happy", "sweet")
@@ -150,7 +152,7 @@ def make_sft_model(
     for step in range(steps):
         batch = rows[step * batch_size : (step + 1) * batch_size]
         prompts, completions = zip(*((row["prompt"], row["completion"]) for row in batch))
-        logps = _completion_logps(model, tokenizer, prompts, completions)
+        logps = Completions(tokenizer, prompts, completions).logps(model)
         (-logps.sum() / (logps != 0).sum()).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -219,6 +221,31 @@ def preference_pairs(
     return pairs
 
 
+class Completions:
+    """n prompts with completions, tokenised and padded on the right once, for plain transformers.
+
+    `ids: (n, T)` int64, `mask: (n, T)` int64, 0 on padding; `counted: (n, T-1)` bool, the targets that belong to a
+    completion or are its EOS. On the CPU.
+    """
+
+    def __init__(self, tokenizer: Any, prompts: Sequence[str], completions: Sequence[str]) -> None:
+        before = tokenizer(list(prompts))["input_ids"]
+        after = tokenizer(list(completions))["input_ids"]
+        rows = [[*p, *c, tokenizer.eos_token_id] for p, c in zip(before, after, strict=True)]
+        longest = max(map(len, rows))
+        self.ids = torch.tensor([r + [tokenizer.pad_token_id] * (longest - len(r)) for r in rows])
+        at, ends = torch.arange(longest), torch.tensor([[len(r)] for r in rows])
+        self.mask = (at < ends).long()
+        self.counted = (at[1:] >= torch.tensor([[len(p)] for p in before])) & (at[1:] < ends)
+
+    def logps(self, model: Any, rows: Tensor | slice = slice(None)) -> Tensor:
+        """Log-probs `(rows, T-1)` float32 in nats, with gradient, on the model's device; 0 outside the completions."""
+        device = next(model.parameters()).device
+        ids, mask, counted = (x[rows].to(device) for x in (self.ids, self.mask, self.counted))
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1].float()
+        return logprobs_of(logits, ids[:, 1:]).masked_fill(~counted, 0.0)
+
+
 @torch.no_grad()
 def sequence_logps(
     model: Any, tokenizer: Any, prompts: list[str], completions: list[str], batch_size: int = 256
@@ -232,22 +259,8 @@ def sequence_logps(
     model.eval()
     starts = range(0, len(prompts), batch_size)
     parts = [
-        _completion_logps(model, tokenizer, prompts[i : i + batch_size], completions[i : i + batch_size]).sum(1).cpu()
+        Completions(tokenizer, prompts[i : i + batch_size], completions[i : i + batch_size]).logps(model).sum(1).cpu()
         for i in starts
     ]
     model.train(was_training)
     return torch.cat(parts) if parts else torch.zeros(0)
-
-
-def _completion_logps(model: Any, tokenizer: Any, prompts: Sequence[str], completions: Sequence[str]) -> Tensor:
-    """Per-token log-probs `(n, T − 1)` float32 with gradient, 0 outside completion and EOS; padded on the right."""
-    prompt_ids = tokenizer(prompts)["input_ids"]
-    completion_ids = [[*ids, tokenizer.eos_token_id] for ids in tokenizer(completions)["input_ids"]]
-    rows = [p + c for p, c in zip(prompt_ids, completion_ids)]
-    longest, device = max(map(len, rows)), next(model.parameters()).device
-    ids = torch.tensor([row + [tokenizer.pad_token_id] * (longest - len(row)) for row in rows], device=device)
-    lengths, prompt_lengths = (torch.tensor([len(r) for r in x], device=device)[:, None] for x in (rows, prompt_ids))
-    at = torch.arange(longest, device=device)
-    logits = model(input_ids=ids, attention_mask=(at < lengths).long(), use_cache=False).logits[:, :-1].float()
-    logps = logits.log_softmax(-1).gather(2, ids[:, 1:, None]).squeeze(2)
-    return logps.masked_fill((at[1:] < prompt_lengths) | (at[1:] >= lengths), 0.0)

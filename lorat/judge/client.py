@@ -19,6 +19,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from ..errors import ConfigError, LoratError, first_line
+from ..files import Lines
 
 REFUSALS = (400, 413, 422)  # of this request alone: too long, filtered, a field that the server does not know
 
@@ -80,36 +81,30 @@ class Cache:
     """Replies in a JSON Lines file, one appended and flushed at a time. It holds no prompt, no answer and no key."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self.skipped = path, 0
+        self.path = path
         self.replies: dict[str, Reply] = {}
         try:
-            text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = path.open("a", encoding="utf-8")
+            self._lines = Lines(path)
         except OSError as error:
             raise ConfigError(
                 f"the cache {str(path)!r} cannot be used: {error}. Set --cache to another file."
             ) from error
-        if text and not text.endswith("\n"):  # killed while writing
-            self._file.write("\n")
-        for line in filter(None, text.split("\n")):
+        self.skipped = self._lines.skipped
+        for row in self._lines.rows:
             try:
-                row = json.loads(line)
-                key = row.pop("key")
-                self.replies[key] = Reply(**row)
-            except (ValueError, TypeError, KeyError, AttributeError):
+                self.replies[row["key"]] = Reply(**{k: v for k, v in row.items() if k != "key"})
+            except (TypeError, KeyError):
                 self.skipped += 1
 
     def add(self, key: str, reply: Reply) -> None:
         self.replies[key] = reply
         try:
-            self._file.write(json.dumps({"key": key, **asdict(reply)}) + "\n")
-            self._file.flush()
+            self._lines.append({"key": key, **asdict(reply)})
         except OSError as error:
             raise JudgeError(f"the cache {str(self.path)!r} cannot be written: {error}. Free space there.") from error
 
     def close(self) -> None:
-        self._file.close()
+        self._lines.close()
 
 
 def ask(

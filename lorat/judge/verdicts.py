@@ -135,6 +135,7 @@ def _checked(preferences, groups) -> tuple[np.ndarray, np.ndarray, int]:
 
 
 def _percentiles(values: np.ndarray, level: float) -> tuple[float, float]:
+    """The interval that holds the middle `level` of `(resamples,)` values."""
     low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
@@ -150,4 +151,5 @@ def _wilson(p: float, n: int, level: float) -> tuple[float, float]:
 
 
 def _sigmoid(x: np.ndarray) -> np.ndarray:
+    """Element by element, any shape; no overflow."""
     return 0.5 * (1 + np.tanh(0.5 * x))

@@ -21,10 +21,11 @@ from ..files import Pieces, pack_floats, unpack_floats
 from ..model.base import check_fit
 from ..model.models import Head
 from ..model.probe import why_not
-from ..packs.logprobs import per_completion
+from ..packs.attention import install
+from ..packs.logprobs import logprobs_of, per_completion
 from ..packs.packing import Group, Packer
 from .estimators import calibration, distinct, estimate, has_sacrebleu, self_bleu, token_kl
-from .generation import Completion, Request, Sampling, end_ids, fit, logits, sample, texts
+from .generation import Completion, Request, Sampling, end_ids, logits, sample, texts, within_positions
 from .lineup import Lineup
 
 # What is measured against what; each is left out where both compute the same.
@@ -34,7 +35,7 @@ Progress = Callable[[str, int], Callable[[int], None]]  # (what, how many in all
 
 
 @dataclass(frozen=True)
-class Plan:
+class Scope:
     """What to measure. `samples`: completions of each model in `sample_from`; `beta`: of the rewards."""
 
     beta: float
@@ -46,62 +47,62 @@ class Plan:
     max_tokens_per_pack: int
 
 
-def evaluate(lineup: Lineup, rows: Sequence[dict[str, Any]], plan: Plan, pieces: Pieces, progress: Progress) -> dict:
-    """Measures of tokenised pairs (`prompt_ids`, `chosen_ids`, `rejected_ids`) and of samples of their prompts, as JSON.
+def evaluate(lineup: Lineup, rows: Sequence[dict[str, Any]], scope: Scope, pieces: Pieces, progress: Progress) -> dict:
+    """Measures of tokenised pairs (`prompt_ids`, `chosen_ids`, `rejected_ids`) and of samples of their prompts.
 
-    What is finished lies in `pieces` until the caller has written the result, so that a killed evaluation goes on.
+    Plain JSON. What is finished lies in `pieces` until the caller has written the result, so that a killed evaluation goes on.
     """
     groups: list[Group] = [(r["prompt_ids"], [r["chosen_ids"], r["rejected_ids"]]) for r in rows]
     longest = max(len(p) + max(map(len, cs)) for p, cs in groups)
     greatest = max(max(ids) for p, cs in groups for ids in (p, *cs))
     check_fit(lineup.model.get_base_model(), greatest, longest)
-    packs = packer(lineup, plan.max_tokens_per_pack, check_tokenizer(lineup.tokenizer), longest)
+    packs = packer(lineup, scope.max_tokens_per_pack, check_tokenizer(lineup.tokenizer), longest)
     tokens = token_passes(lineup, groups, packs, pieces, progress("log-probs", len(groups) * len(lineup.names)))
     prompts = [tuple(p) for p, _ in groups]
     preferences = {
         "pairs": len(groups),
         "prompts": len(set(prompts)),
-        "beta": plan.beta,
-        "length_normalize": plan.length_normalize,
+        "beta": scope.beta,
+        "length_normalize": scope.length_normalize,
         "models": {name: model_measures(t, prompts) for name, t in tokens.items()},
         "against": {
             f"{a}/{b}": preference_measures(
-                Ratios.of(tokens[a], tokens[b]), prompts, plan.beta, plan.length_normalize, plan.bins
+                Ratios.of(tokens[a], tokens[b]), prompts, scope.beta, scope.length_normalize, scope.bins
             )
             for a, b in against(lineup)
         },
     }
     result: dict[str, Any] = {"preferences": preferences, "notes": [*lineup.found.notes]}
-    if plan.samples:
-        result["generation"], notes = _generate(lineup, list(dict.fromkeys(prompts)), plan, pieces, progress)
+    if scope.samples:
+        result["generation"], notes = _generate(lineup, list(dict.fromkeys(prompts)), scope, pieces, progress)
         result["notes"] += notes
     return finite(result)
 
 
 def _generate(
-    lineup: Lineup, prompts: list[tuple[int, ...]], plan: Plan, pieces: Pieces, progress: Progress
+    lineup: Lineup, prompts: list[tuple[int, ...]], scope: Scope, pieces: Pieces, progress: Progress
 ) -> tuple[dict[str, Any], list[str]]:
-    """Samples of each model of `plan.sample_from`, their KL from the models they are measured against, diversity."""
-    ids, how, notes = fit(lineup, [list(p) for p in prompts], plan.sampling)
-    requests = [Request(p, s, ids[p]) for p, s in in_turn(ids, plan.samples, how.seed)]
+    """Samples of each model of `scope.sample_from`, their KL from the models they are measured against, diversity."""
+    ids, sampling, notes = within_positions(lineup, [list(p) for p in prompts], scope.sampling)
+    requests = [Request(p, s, ids[p]) for p, s in in_turn(ids, scope.samples, sampling.seed)]
     clusters = [r.prompt for r in requests]
     packs = packer(
         lineup,
-        plan.max_tokens_per_pack,
+        scope.max_tokens_per_pack,
         check_tokenizer(lineup.tokenizer),
-        max(len(r.ids) for r in requests) + how.max_new_tokens,
+        max(len(r.ids) for r in requests) + sampling.max_new_tokens,
     )
-    names = list(dict.fromkeys(lineup.found.which(n) for n in plan.sample_from))
+    names = list(dict.fromkeys(lineup.found.which(n) for n in scope.sample_from))
     done: dict[str, list[Completion]] = {}
     for name in names:
         tick = progress(f"sampling from the {name}", len(requests))
-        done[name] = sample(lineup, name, requests, how, pieces, tick)
+        done[name] = sample(lineup, name, requests, sampling, pieces, tick)
     models = {}
     for name in names:
         said = list(texts(lineup, done[name]))
         others = [b for a, b in against(lineup) if a == name]
         groups: list[Group] = [(r.ids, [c.ids]) for r, c in zip(requests, done[name], strict=True)]
-        measures = sample_measures(done[name], said, clusters, how.seed)
+        measures = sample_measures(done[name], said, clusters, sampling.seed)
         if others:
             tick = progress(f"KL of the {name}", len(groups))
             lengths = torch.tensor([len(c.ids) for c in done[name]])
@@ -117,10 +118,10 @@ def _generate(
     cut = sum(not c.ended for cs in done.values() for c in cs)
     if cut:
         notes.append(
-            f"{cut} of {len(names) * len(requests)} samples were cut at {how.max_new_tokens} tokens: their lengths are lower "
-            f"bounds, and each KL is that of the first {how.max_new_tokens} tokens, at most that of whole completions."
+            f"{cut} of {len(names) * len(requests)} samples were cut at {sampling.max_new_tokens} tokens: their lengths are lower "
+            f"bounds, and each KL is that of the first {sampling.max_new_tokens} tokens, at most that of whole completions."
         )
-    settings = {"samples": len(requests), "prompts": len(set(clusters)), "end_ids": end_ids(lineup), **asdict(how)}
+    settings = {"samples": len(requests), "prompts": len(set(clusters)), "end_ids": end_ids(lineup), **asdict(sampling)}
     return {**settings, "models": models}, notes
 
 
@@ -133,17 +134,19 @@ def against(lineup: Lineup) -> list[tuple[str, str]]:
 
 def packer(lineup: Lineup, budget: int, pad_id: int, longest: int) -> Packer:
     """Packs of `budget` tokens that share prompts where the model computes them exactly, else a row a completion."""
+    base: Any = lineup.model.get_base_model()
     with lineup.using("policy"):
-        shared = why_not(lineup.models, lineup.device, longest) is None
+        shared = why_not(lineup.models, lineup.device, longest) is None and install(base)
     return Packer(shared, budget, pad_id)
 
 
 def token_passes(
     lineup: Lineup, groups: Sequence[Group], packs: Packer, pieces: Pieces, done: Callable[[int], None]
 ) -> dict[str, list[Tensor]]:
-    """`{model: log-probs of each completion's tokens}`, every model in one pass over `groups`, in float32 nats.
+    """`{model: log-probs of each completion's tokens}`: a list of `(tokens,)` float32 nats, in the completions' order.
 
-    A pack that `pieces` holds is not computed again. `done` is called with the groups of each pack.
+    Every model in one pass over `groups`. A pack that `pieces` holds is not computed again. `done` is called with the
+    groups of each pack.
     """
     out: dict[str, list[Tensor]] = {}
     for name in lineup.names:
@@ -171,7 +174,7 @@ class Ratios:
 
     @classmethod
     def of(cls, a: Sequence[Tensor], b: Sequence[Tensor]) -> Ratios:
-        """From per-token log-probs of 2n completions, chosen and rejected alternating."""
+        """From per-token log-probs of 2n completions, `(tokens,)` nats each, chosen and rejected alternating."""
         lengths = [len(t) for t in a]
         sums = per_completion(torch.cat(list(a)).double() - torch.cat(list(b)).double(), lengths)
         return cls(sums[0::2], sums[1::2], torch.tensor(lengths).view(-1, 2))
@@ -209,7 +212,10 @@ def preference_measures(
 
 
 def model_measures(tokens: Sequence[Tensor], prompts: Sequence[Hashable]) -> dict[str, Any]:
-    """Of one model: log-probs of chosen and rejected, a completion and a token, and how often chosen is likelier."""
+    """Of one model: log-probs of chosen and rejected, a completion and a token, and how often chosen is likelier.
+
+    `tokens`: 2n completions' log-probs, `(tokens,)` nats each, chosen and rejected alternating; `prompts`: n.
+    """
     lengths = [len(t) for t in tokens]
     sums = per_completion(torch.cat(list(tokens)), lengths).double()
     chosen, rejected, n = sums[0::2], sums[1::2], torch.tensor(lengths).view(-1, 2)
@@ -251,6 +257,7 @@ def kl_passes(
 
 
 def _hidden(lineup: Lineup, name: str, pack: Any) -> Tensor:
+    """Hidden states `(K, D)` of `name` that predict the pack's K completion tokens."""
     with lineup.using(name):
         return lineup.models.hidden(pack)
 
@@ -261,8 +268,7 @@ def _two_sums(head: Head, p: Tensor, q: Tensor, pack: Any) -> tuple[Tensor, Tens
     ratios, exact = [], []
     for a, b, target in zip(p.split(ROWS), q.split(ROWS), pack.targets.split(ROWS), strict=True):
         za, zb = logits(head, a), logits(head, b)
-        one = target[:, None]
-        ratios.append((za.log_softmax(-1).gather(1, one) - zb.log_softmax(-1).gather(1, one))[:, 0])
+        ratios.append(logprobs_of(za, target) - logprobs_of(zb, target))
         exact.append(token_kl(za, zb))
     return per_completion(torch.cat(ratios), pack.lengths), per_completion(torch.cat(exact), pack.lengths)
 

@@ -69,7 +69,7 @@ class Completion(NamedTuple):
 
 
 def uniforms(seed: int, prompt: int, sample: int, n: int) -> Tensor:
-    """`n` float64 uniform numbers in [0, 1) that belong to one completion, on the host; the same on any device."""
+    """`(n,)` float64 uniform numbers in [0, 1) that belong to one completion, on the host; the same on any device."""
     key = hashlib.blake2b(f"{seed}/{prompt}/{sample}".encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(key, "little") >> 1)
     return torch.rand(n, generator=generator, dtype=torch.float64)
@@ -85,14 +85,14 @@ def logits(head: Head, hidden: Tensor) -> Tensor:
         return z / head.temperature
 
 
-def pick(z: Tensor, u: Tensor, how: Sampling) -> Tensor:
+def pick(z: Tensor, u: Tensor, sampling: Sampling) -> Tensor:
     """One token a row by inverting the distribution function: logits (B, V), uniforms (B,) -> (B,) int64."""
-    if how.greedy:
+    if sampling.greedy:
         return z.argmax(-1)
-    p = (z.double() / how.temperature).softmax(-1)
-    if how.top_p < 1:
+    p = (z.double() / sampling.temperature).softmax(-1)
+    if sampling.top_p < 1:
         ordered, index = p.sort(dim=-1, descending=True, stable=True)
-        kept = ordered.cumsum(-1) - ordered < how.top_p  # the fewest tokens that hold top_p, the first one always
+        kept = ordered.cumsum(-1) - ordered < sampling.top_p  # the fewest tokens that hold top_p, the first one always
         p = torch.zeros_like(p).scatter(-1, index, ordered * kept)
     cumulative = p.cumsum(-1)
     at = torch.searchsorted(cumulative, (u * cumulative[:, -1])[:, None], right=True)[:, 0]
@@ -110,7 +110,7 @@ def end_ids(lineup: Lineup) -> list[int]:
     return [eos, *(t for t in listed if t != eos)] if eos in listed else [eos]
 
 
-def complete(lineup: Lineup, prompts: Sequence[Sequence[int]], draws: Tensor, how: Sampling) -> list[Completion]:
+def complete(lineup: Lineup, prompts: Sequence[Sequence[int]], draws: Tensor, sampling: Sampling) -> list[Completion]:
     """Sample a completion of each prompt under the active model; `draws`: (B, max_new_tokens) uniforms.
 
     A row that has ended goes on until all have, and is cut afterwards.
@@ -123,18 +123,18 @@ def complete(lineup: Lineup, prompts: Sequence[Sequence[int]], draws: Tensor, ho
     takes_positions = "position_ids" in inspect.signature(inner.forward).parameters
     ended = torch.zeros(len(tokens), dtype=torch.bool, device=device)
     cache, new, draws = None, list[Tensor](), draws.to(device)
-    while len(new) < how.max_new_tokens and not ended.all():
-        where: dict[str, Any] = {}
+    while len(new) < sampling.max_new_tokens and not ended.all():
+        kwargs: dict[str, Any] = {}
         if takes_positions:
-            where["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
-        out = inner(input_ids=tokens, attention_mask=mask, past_key_values=cache, use_cache=True, **where)
+            kwargs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
+        out = inner(input_ids=tokens, attention_mask=mask, past_key_values=cache, use_cache=True, **kwargs)
         cache = getattr(out, "past_key_values", None)
         if cache is None:
             raise ModelError(
                 f"{type(lineup.model.get_base_model()).__name__} keeps no KV cache, so lorat cannot sample from it; give "
                 "--samples 0 to evaluate log-probs alone."
             )
-        tokens = pick(logits(lineup.head, out.last_hidden_state[:, -1]), draws[:, len(new)], how)[:, None]
+        tokens = pick(logits(lineup.head, out.last_hidden_state[:, -1]), draws[:, len(new)], sampling)[:, None]
         new.append(tokens)
         ended |= torch.isin(tokens[:, 0], ends)
         mask = torch.cat([mask, torch.ones_like(tokens)], dim=1)
@@ -156,7 +156,7 @@ def sample(
     lineup: Lineup,
     name: str,
     requests: Sequence[Request],
-    how: Sampling,
+    sampling: Sampling,
     pieces: Pieces,
     progress: Callable[[int], None] = lambda completions: None,
 ) -> list[Completion]:
@@ -166,13 +166,13 @@ def sample(
     not been. `progress` is called with the completions of each batch.
     """
     out: dict[int, Completion] = {}
-    for b, indices in enumerate(batches(requests, how.batch_size)):
+    for b, indices in enumerate(batches(requests, sampling.batch_size)):
         key = f"samples/{lineup.found.which(name)}/{b}"
         if key not in pieces:
             chosen = [requests[i] for i in indices]
-            draws = torch.stack([uniforms(how.seed, r.prompt, r.sample, how.max_new_tokens) for r in chosen])
+            draws = torch.stack([uniforms(sampling.seed, r.prompt, r.sample, sampling.max_new_tokens) for r in chosen])
             with lineup.using(name):
-                done = complete(lineup, [r.ids for r in chosen], draws, how)
+                done = complete(lineup, [r.ids for r in chosen], draws, sampling)
             pieces[key] = [[c.ids, c.ended] for c in done]
         found = [Completion(*c) for c in pieces[key]]
         out.update(zip(indices, found, strict=True))
@@ -180,7 +180,9 @@ def sample(
     return [out[i] for i in range(len(requests))]
 
 
-def fit(lineup: Lineup, prompts: list[list[int]], how: Sampling) -> tuple[list[list[int]], Sampling, list[str]]:
+def within_positions(
+    lineup: Lineup, prompts: list[list[int]], sampling: Sampling
+) -> tuple[list[list[int]], Sampling, list[str]]:
     """Prompts and lengths within the model's positions: `(prompts, sampling, notes)`.
 
     New tokens take at most half of them, and a prompt keeps its end (and a BOS in front) in the rest.
@@ -189,14 +191,14 @@ def fit(lineup: Lineup, prompts: list[list[int]], how: Sampling) -> tuple[list[l
     known = getattr(base.config.get_text_config(), "max_position_embeddings", None)
     notes: list[str] = []
     if not known:
-        return prompts, how, notes
-    if how.max_new_tokens > known // 2:
+        return prompts, sampling, notes
+    if sampling.max_new_tokens > known // 2:
         notes.append(f"The model has {known} positions, so completions are cut at {known // 2} tokens.")
-        how = Sampling(**{**asdict(how), "max_new_tokens": known // 2})
-    room, bos = known - how.max_new_tokens, lineup.tokenizer.bos_token_id
+        sampling = Sampling(**{**asdict(sampling), "max_new_tokens": known // 2})
+    room, bos = known - sampling.max_new_tokens, lineup.tokenizer.bos_token_id
     if long := sum(len(p) > room for p in prompts):
         notes.append(f"{long} of {len(prompts)} prompts were longer than {room} tokens and kept their ends.")
-    return [_end_of(p, room, bos) for p in prompts], how, notes
+    return [_end_of(p, room, bos) for p in prompts], sampling, notes
 
 
 def _end_of(ids: list[int], room: int, bos: int | None) -> list[int]:

@@ -20,7 +20,7 @@ FORMATS = ("jsonl", "alpaca-eval", "arena-hard", "arena-hard-0.1")
 
 
 @dataclass(frozen=True)
-class Answer:
+class SampledAnswer:
     """The `sample`-th answer to prompt number `number`; `tokens`: those of `text`; `ended`: false if it was cut."""
 
     number: int
@@ -48,7 +48,7 @@ def check_format(form: str, prompts: Sequence[Prompt], samples: int) -> None:
             )
 
 
-def render(form: str, answers: Sequence[Answer], generator: str, now: float) -> str:
+def render(form: str, answers: Sequence[SampledAnswer], generator: str, now: float) -> str:
     """The whole file's text; `now`: seconds since 1970, for Arena-Hard."""
     if form == "alpaca-eval":
         rows = [
@@ -59,7 +59,7 @@ def render(form: str, answers: Sequence[Answer], generator: str, now: float) -> 
     if form == "arena-hard":
         lines: list[dict[str, Any]] = [_arena(a, generator, now) for a in answers]
     elif form == "arena-hard-0.1":
-        asked: dict[int, list[Answer]] = {}
+        asked: dict[int, list[SampledAnswer]] = {}
         for a in answers:
             asked.setdefault(a.number, []).append(a)
         lines = [_arena_0_1(several, generator, now) for several in asked.values()]
@@ -68,7 +68,7 @@ def render(form: str, answers: Sequence[Answer], generator: str, now: float) -> 
     return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
 
 
-def _line(a: Answer, generator: str) -> dict[str, Any]:
+def _line(a: SampledAnswer, generator: str) -> dict[str, Any]:
     name = {} if a.prompt.id is None else {"id": a.prompt.id}
     return {
         "index": a.number,
@@ -82,7 +82,7 @@ def _line(a: Answer, generator: str) -> dict[str, Any]:
     }
 
 
-def _arena(a: Answer, generator: str, now: float) -> dict[str, Any]:
+def _arena(a: SampledAnswer, generator: str, now: float) -> dict[str, Any]:
     return {
         "uid": a.prompt.id,
         "ans_id": _answer_id(a, generator),
@@ -93,7 +93,7 @@ def _arena(a: Answer, generator: str, now: float) -> dict[str, Any]:
     }
 
 
-def _arena_0_1(several: Sequence[Answer], generator: str, now: float) -> dict[str, Any]:
+def _arena_0_1(several: Sequence[SampledAnswer], generator: str, now: float) -> dict[str, Any]:
     first = several[0]
     choices = [{"index": i, "turns": [{"content": a.text}]} for i, a in enumerate(several)]
     line = {"question_id": first.prompt.id, "answer_id": _answer_id(first, generator), "model_id": generator}
@@ -101,7 +101,7 @@ def _arena_0_1(several: Sequence[Answer], generator: str, now: float) -> dict[st
     return {**line, "choices": choices, "tstamp": now, **more}
 
 
-def _answer_id(a: Answer, generator: str) -> str:
+def _answer_id(a: SampledAnswer, generator: str) -> str:
     return hashlib.blake2b(json.dumps([a.prompt.id, generator, a.text]).encode(), digest_size=11).hexdigest()
 
 

@@ -191,6 +191,7 @@ def kto_loss(
 
 
 def _as_float(values: Tensor) -> Tensor:
+    """Any shape; float64 stays, all else becomes float32."""
     return values if values.dtype == torch.float64 else values.float()
 
 
@@ -200,6 +201,7 @@ def _check_beta(beta: float) -> None:
 
 
 def _pair(chosen_logratios: Tensor, rejected_logratios: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    """The log-ratios of n pairs, `(n,)` nats each, in float32 or float64; `ValueError` for other shapes or β ≤ 0."""
     _check_beta(beta)
     if chosen_logratios.dim() != 1 or chosen_logratios.shape != rejected_logratios.shape:
         raise ValueError(
@@ -210,7 +212,7 @@ def _pair(chosen_logratios: Tensor, rejected_logratios: Tensor, beta: float) -> 
 
 
 def _per_token(logratios: Tensor, lengths: Tensor | None, which: str) -> Tensor:
-    """Mean per token, in nats; an empty completion counts one token, so that its 0 stays 0."""
+    """`(n,)` sums and `(n,)` lengths -> `(n,)` nats a token; an empty completion counts one, so that its 0 stays 0."""
     if lengths is None:
         raise ValueError(f"length_normalize=True needs {which}_lengths: pass them, or set length_normalize=False.")
     if lengths.shape != logratios.shape:

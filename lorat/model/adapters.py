@@ -211,7 +211,7 @@ def load_adapter_(model: PeftModel, folder: Path, adapter: str) -> None:
 
 
 def adapter_state(model: PeftModel, adapter: str) -> dict[str, torch.Tensor]:
-    """An adapter's tensors under the names that PEFT gives them on disk."""
+    """An adapter's tensors, in their shapes and types, under the names that PEFT gives them on disk."""
     return get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
 
 

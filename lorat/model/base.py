@@ -6,6 +6,7 @@ weights (0.52 byte a parameter with double quantisation), and embeddings and hea
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -181,20 +182,31 @@ def load_base(base: Base) -> PreTrainedModel:
     return model
 
 
+_TURN = threading.Lock()
+
+
 @contextmanager
 def reading_in_turn() -> Iterator[None]:
     """Inside, transformers reads each tensor of a safetensors file when it is its turn, as it does on Windows.
 
     Elsewhere it maps the files, and what was read stays resident until the last tensor is loaded: for a base that ends in
-    4-bit, more than three times its size.
+    4-bit, more than three times its size. It has no option for that (5.17 to 5.23): `disable_mmap` reads whole files at
+    once, the checkpoint in 16 bits; tensors of one's own (`state_dict`) are refused beside a name. So the function that
+    opens a file is another one meanwhile, for this thread alone, and one load at a time.
     """
     library: Any = modeling_utils
-    known = library.safe_open
-    library.safe_open = lambda *args, **how: known(*args, **{**how, "backend": "pread"})
-    try:
-        yield
-    finally:
-        library.safe_open = known
+    here = threading.get_ident()
+    with _TURN:
+        known = library.safe_open
+
+        def opened(*args: Any, **how: Any) -> Any:
+            return known(*args, **(how | {"backend": "pread"} if threading.get_ident() == here else how))
+
+        library.safe_open = opened
+        try:
+            yield
+        finally:
+            library.safe_open = known
 
 
 def quantize_embeddings_(model: Any, kind: str) -> None:

@@ -76,7 +76,10 @@ def computing(
 
 
 def _forward(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The `forward` of a fused layer; it calls `original` for what the operation leaves out."""
+
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """`x`: (…, in) -> (…, out) in the computing type."""
         names = [name for name in self.active_adapters if name in self.lora_A]
         base, one = self.base_layer, not self.disable_adapters and len(names) == 1 and plain(self, names[0])
         if not one or self.merged or args or kwargs or base.weight.requires_grad:
@@ -107,7 +110,7 @@ def native(model: nn.Module, dtype: torch.dtype) -> bool:
 
 
 def compute_type(base: Any, x: Tensor) -> torch.dtype:
-    """What a layer computes in: autocast's type where it is on, else its own (4-bit: the one it dequantises to)."""
+    """What a layer computes `x` (…, in) in: autocast's type where it is on, else its own (4-bit: as it dequantises)."""
     if torch.is_autocast_enabled(x.device.type):
         return torch.get_autocast_dtype(x.device.type)
     if getattr(base.weight, "quant_state", None) is not None:

@@ -1,7 +1,7 @@
 """Can this model compute packs exactly? Asked of the loaded model at start-up, in a few forward passes of 40 tokens.
 
 A model that drops the layout, computes positions of its own or mixes tokens elsewhere than in attention would train on
-wrong numbers without a sign. It is found here, by its own log-probs, and trained on one padded row a completion.
+wrong numbers silently. It is found here, by its own log-probs, and trained on one padded row a completion.
 
 Checks: the configuration (a decoder whose layers attend fully or in a window); every attention layer was called with
 the layout; changing one completion's tokens leaves its sibling's log-probs bit for bit as they are (to rounding, where
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..errors import first_line
-from ..packs.attention import install, recording
+from ..packs.attention import attend, hindrance, installed
 from ..packs.packing import Group, pad_rows, share_prompts
 from .models import Head, Models
 
@@ -27,18 +27,21 @@ def why_not(models: Models, device: torch.device, longest: int) -> str | None:
     """None if the model computes packs of rows of up to `longest` tokens exactly; else the reason, in words.
 
     Log-probs may differ from those of separate rows by rounding: 1e-4 nats, and two units in the last place of the
-    computing type relative to them, root mean square.
+    computing type relative to them, root mean square. A question: the model is as it was afterwards, and
+    `attention.install` is what has it heed layouts.
     """
     model = models.peft
     base: Any = model.get_base_model()
     if reason := _configuration(base.config.get_text_config(), longest):
         return reason
-    if not install(base):
-        return "its attention does not go through transformers' AttentionInterface"
+    if reason := hindrance(base.config._attn_implementation):
+        return reason
     training = model.training
     model.eval()
     try:
-        with torch.no_grad(), models.autocast():
+        with installed(base) as told, torch.no_grad(), models.autocast():
+            if not told:
+                return "its attention does not go through transformers' AttentionInterface"
             return _behaviour(models, device, longest)
     except torch.OutOfMemoryError:
         raise
@@ -70,13 +73,18 @@ def _behaviour(models: Models, device: torch.device, longest: int) -> str | None
     prompt, first, second = ids(7), ids(9), ids(6)
     other: Group = (ids(5), [ids(8)])
 
+    seen: list[tuple[int, int | None]] = []  # each call with the layout: whose, and its window
+
+    def listening(module: Any, *args: Any) -> Tensor:
+        seen.append((id(module), args[-1].window))
+        return attend(module, *args)
+
     def shared(*groups: Group) -> list[Tensor]:
-        pack = share_prompts(groups).to(device)
+        pack = share_prompts(groups).to(device).through(listening)
         return list(models.tokens(pack).double().split(pack.lengths))
 
-    with recording() as seen:
-        a, b, c = shared((prompt, [first, second]), other)
-    layers = len({id(module) for module, _ in seen})
+    a, b, c = shared((prompt, [first, second]), other)
+    layers = len({module for module, _ in seen})
     if layers != config.num_hidden_layers:
         return f"{layers} of its {config.num_hidden_layers} layers were called with the layout"
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None

@@ -26,3 +26,11 @@ def per_completion(tokens: Tensor, lengths: list[int]) -> Tensor:
     wide = torch.cat([tokens.double(), tokens.new_zeros(1, dtype=torch.float64)])
     at = torch.from_numpy(places).to(tokens.device, non_blocking=True)
     return wide.index_select(0, at.flatten()).view(places.shape).sum(1).float()
+
+
+def logprobs_of(logits: Tensor, targets: Tensor) -> Tensor:
+    """Log-probs of `targets` (...) under `logits` (..., V), in nats and in the logits' type; for models whose logits exist.
+
+    Everything is materialised, so it is for checks, small models and benchmarks; packs go through `linear_logprob`.
+    """
+    return logits.log_softmax(-1).gather(-1, targets[..., None])[..., 0]

@@ -10,7 +10,7 @@ packs decides memory, never the mathematics: an example (a pair, a KTO completio
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -35,6 +35,7 @@ class Layout:
     again: list[tuple[Tensor, Tensor]]  # round by round, prompt positions (unique) and where in `gather` they recur
     cu_queries: Tensor  # (S+1,) int32: running sums of `queries`
     cu_keys: Tensor  # (S+1,) int32
+    backend: Callable[..., Tensor] | None = None  # what attends, with the arguments of `attention.attend`, the default
 
     def to(self, device: torch.device | str) -> Layout:
         on = lambda x: x.to(device, non_blocking=True)  # noqa: E731
@@ -60,6 +61,10 @@ class Pack:
             k: v.to(device, non_blocking=True) for k, v in vars(self).items() if isinstance(v, Tensor)
         }
         return replace(self, **moved, layout=self.layout.to(device) if self.layout else None)
+
+    def through(self, backend: Callable[..., Tensor]) -> Pack:
+        """The same pack, with attention computed by `backend` (arguments and result of `attention.attend`)."""
+        return replace(self, layout=replace(self.layout, backend=backend) if self.layout else None)
 
 
 @dataclass

@@ -2,7 +2,8 @@
 
 Made from a model's configuration alone by the code that loads and adapts the real one: transformers decides which layers
 become 4-bit, PEFT which are adapted, `fuse_` how they compute. What bitsandbytes stores for a packed weight is laid out
-here (`packed`), and the tests compare it with real models. Costs no memory and well under a second.
+here (`packed`), and the tests compare it with real models. Costs no memory and well under a second. Under torch's
+`FakeTensorMode` it can be run, once fake tensors stand in the place of meta ones (`imagine_`).
 """
 
 from __future__ import annotations
@@ -14,30 +15,31 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.quantizers import AutoHfQuantizer
 
 from ..errors import ConfigError, ModelError, first_line
 from ..model.adapters import attach
-from ..model.base import quantization_config
+from ..model.base import Base, quantization_config
+from ..packs.attention import NAMES
+from ..packs.packing import Pack
 from ..reference import POLICY, REFERENCE, adapter_parameters
 
 if TYPE_CHECKING:
-    from peft import PeftModel
-
-    from ..settings.config import TrustRegionConfig
+    from peft import LoraConfig, PeftModel
 
 BLOCK, NESTED = 64, 256  # numbers that share a scale; scales that share one, with double quantisation
 
 
-def read_model_config(config: TrustRegionConfig) -> Any:
+def read_model_config(base: Base) -> Any:
     """The model's configuration: of a hub id, of a folder, or a `config.json` alone; raises `ModelError` without one."""
-    name = config.model_name_or_path
+    name = base.name
     if not name:
         raise ConfigError("model_name_or_path is not set; give a hub id, a local folder, or a config.json.")
     try:
         return AutoConfig.from_pretrained(
-            name, revision=config.model_revision or "main", trust_remote_code=config.trust_remote_code
+            name, revision=base.revision or "main", trust_remote_code=base.trust_remote_code
         )
     except Exception as error:
         missing = not Path(name).exists() and name.count("/") > 1
@@ -48,33 +50,37 @@ def read_model_config(config: TrustRegionConfig) -> Any:
         ) from error
 
 
-def draw(config: TrustRegionConfig, model_config: Any) -> PeftModel:
-    """The base under both adapters as `config` asks for it, on the meta device; raises `ModelError` as loading would."""
-    model_config, dtype = copy.deepcopy(model_config), config.torch_dtype
+def draw(base: Base, adapter: LoraConfig, model_config: Any, ref_rank: int | None = None) -> PeftModel:
+    """The base under both adapters, on the meta device; raises `ModelError` as loading would.
+
+    `model_config`: transformers' configuration of the model. `ref_rank`: of the reference, by default the adapter's.
+    """
+    model_config, dtype = copy.deepcopy(model_config), base.dtype
     given = getattr(model_config, "quantization_config", None)
-    four_bit = config.load_in_4bit or given is not None
+    four_bit = base.four_bit or given is not None
     if given is not None and "4bit" not in str(getattr(given, "quant_method", "")) + str(given):
         raise ModelError(f"the model is quantised already ({given}), and not in 4-bit: its memory cannot be predicted.")
     if given is not None:
         del model_config.quantization_config
+    attention = {"attn_implementation": base.attention} if base.attention in NAMES else {}  # others want a GPU
     try:
         with torch.device("meta"):
             model: Any = AutoModelForCausalLM.from_config(
-                model_config, dtype=dtype, trust_remote_code=config.trust_remote_code
+                model_config, dtype=dtype, trust_remote_code=base.trust_remote_code, **attention
             )
     except (ValueError, KeyError) as error:
         raise ModelError(f"no causal LM can be made of this configuration ({first_line(error)}).") from error
     _keep_wide_(model, dtype)
     if four_bit:
-        how = AutoHfQuantizer.from_config(given or quantization_config(config.base()), pre_quantized=False)
+        how = AutoHfQuantizer.from_config(given or quantization_config(base), pre_quantized=False)
         how._process_model_before_weight_loading(model, device_map={"": "cpu"})
         model.config.quantization_config, model.is_loaded_in_4bit = how.quantization_config, True
         _pack_(model, dtype)
-    if config.quantize_embeddings:
-        _pack_embeddings_(model, config.quantize_embeddings, dtype)
+    if base.quantize_embeddings:
+        _pack_embeddings_(model, base.quantize_embeddings, dtype)
     model.requires_grad_(False)
     with torch.device("meta"):
-        return attach(model, config.adapter(), ref_rank=config.ref_rank)
+        return attach(model, adapter, ref_rank=ref_rank)
 
 
 def _keep_wide_(model: Any, dtype: torch.dtype) -> None:
@@ -162,6 +168,11 @@ def quantisation_state(p: Any) -> list[Tensor]:
     return [t for t in out if isinstance(t, Tensor)]
 
 
+def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """A tensor without values, where fake ones are made."""
+    return torch.empty(shape, dtype=dtype, device="cpu")
+
+
 def stored(model: PeftModel) -> Iterator[tuple[str, Tensor]]:
     """Each tensor of the model with what it belongs to, shared ones once: bytes are `t.untyped_storage().nbytes()`.
 
@@ -184,3 +195,58 @@ def stored(model: PeftModel) -> Iterator[tuple[str, Tensor]]:
             yield of.get(id(p), "weights" if beside else "other"), p
             for t in beside:
                 yield "state", t
+
+
+def tensors(model: nn.Module) -> Iterator[Tensor]:
+    """All that a model holds, quantisation state included."""
+    for t in (*model.parameters(), *model.buffers()):
+        yield t
+        yield from quantisation_state(t)
+
+
+class Params4bit(FakeTensor):
+    """A packed weight without values: PEFT knows those by the name of their class."""
+
+
+def imagine_(model: nn.Module) -> None:
+    """Put a fake tensor in the place of each meta tensor; shared ones stay shared."""
+    import bitsandbytes as bnb
+
+    made: dict[int, nn.Parameter] = {}
+    like: Any = lambda t: None if t is None else empty(*t.shape, dtype=t.dtype)  # noqa: E731
+    for module in model.modules():
+        for name, p in module._parameters.items():
+            if p is None:
+                continue
+            if id(p) not in made:
+                new: Any = nn.Parameter(like(p), requires_grad=p.requires_grad)
+                if isinstance(p, bnb.nn.Params4bit):
+                    new.__class__ = Params4bit
+                state, scales = getattr(p, "quant_state", None), getattr(p, "SCB", None)
+                if state is not None:
+                    for part in (state, state.state2):
+                        if part is not None:
+                            part.absmax, part.code = like(part.absmax), like(part.code)
+                    state.offset = like(state.offset)
+                    new.quant_state, new.blocksize, new.compress_statistics = state, state.blocksize, state.nested
+                    new.quant_type, new.bnb_quantized = state.quant_type, True
+                if scales is not None:
+                    new.SCB = like(scales)
+                made[id(p)] = new
+            module._parameters[name] = made[id(p)]
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = like(buffer)
+
+
+def imagined(pack: Pack) -> Pack:
+    """A pack whose tensors have no values."""
+
+    def like(t: Any) -> Any:
+        return empty(*t.shape, dtype=t.dtype) if isinstance(t, Tensor) else t
+
+    moved = {k: like(v) for k, v in vars(pack).items()}
+    if pack.layout is not None:
+        parts = {k: like(v) for k, v in vars(pack.layout).items() if k != "again"}
+        again = [(like(rows), like(places)) for rows, places in pack.layout.again]
+        moved["layout"] = type(pack.layout)(**parts, again=again)
+    return Pack(**moved)

@@ -26,22 +26,27 @@ SPACES = ("product", "factors")
 
 
 def _zero(like: Adapter) -> Tensor:
+    """0-dim float64 zero where the adapter lies."""
     return torch.zeros((), dtype=torch.float64, device=next(iter(like.tensors.values())).device)
 
 
 def _wide(tensors: list[Tensor]) -> list[Tensor]:
+    """The tensors, of any shapes, in float32 at least: float64 stays, 16-bit types are widened."""
     return [t if t.dtype in (torch.float32, torch.float64) else t.float() for t in tensors]
 
 
 def _scaled(tensors: list[Tensor], factors: list[float]) -> list[Tensor]:
-    """Each tensor times its factor, in float32 at least; the very same tensors where every factor is 1."""
+    """n tensors of any shapes, each times its factor, in float32 at least; the very same ones where all factors are 1."""
     if all(f == 1.0 for f in factors):
         return tensors
     return [t if f == 1.0 else w * f for t, w, f in zip(tensors, _wide(tensors), factors, strict=True)]
 
 
 def _lerp_(targets: list[Tensor], sources: list[Tensor], alpha: float) -> None:
-    """`target <- target + alpha * (source - target)`, in place where both are float32 or float64 alike."""
+    """`target <- target + alpha * (source - target)`, pair by pair of equal shapes, computed in float32 at least.
+
+    In one fused call where all are float32 or float64 alike; others are rounded once, when they are written.
+    """
     if not targets:
         return
     if all(t.dtype == s.dtype and t.dtype in (torch.float32, torch.float64) for t, s in zip(targets, sources)):
@@ -121,7 +126,7 @@ def _smaller(source: Adapter, target: Adapter) -> bool:
 
 
 def _combine_(target: Adapter, terms: list[tuple[float, Adapter]]) -> Tensor:
-    """`target <- sum of weight * adapter` in product space; returns the relative error in ΔW."""
+    """`target <- sum of weight * adapter` in product space; returns the relative error in ΔW, 0-dim float64."""
     terms = [(w, adapter) for w, adapter in terms if w != 0] or terms[:1]
     factors = [(w, adapter.factors()) for w, adapter in terms]
     written = target.factors()
@@ -164,7 +169,7 @@ def interpolate_(model: nn.Module, amount: float, toward: str | None = None, tar
 
     Linear interpolation toward the start, as WARP ends each round (LITI, arXiv 2406.16768; its η is 1 − amount).
     Toward the base only B is scaled, so a policy stays trainable as it is; toward an adapter its factors are new ones.
-    Returns the relative error. Raises `ValueError` for amounts outside [0, 1].
+    Returns the relative error, as `blend_`. Raises `ValueError` for amounts outside [0, 1].
     """
     if not 0 <= amount <= 1:
         raise ValueError(f"amount={amount} is outside [0, 1]; to go beyond the target, use extrapolate_.")
@@ -176,7 +181,7 @@ def extrapolate_(model: nn.Module, amount: float, away_from: str | None = None, 
     """`target <- target + amount * (target - away_from)`: on in the direction it came, as ExPO (arXiv 2404.16792).
 
     `away_from`: the adapter it came from, or None for the base. Returns the relative error that the target's rank
-    leaves. Raises `ValueError` for amounts below 0.
+    leaves, as `blend_`. Raises `ValueError` for amounts below 0.
     """
     if not 0 <= amount < math.inf:
         raise ValueError(f"amount={amount} is not a finite number of at least 0; to go back, use interpolate_.")
@@ -184,7 +189,7 @@ def extrapolate_(model: nn.Module, amount: float, away_from: str | None = None, 
 
 
 def _along_(model: nn.Module, amount: float, other: str | None, target: str) -> Tensor:
-    """`target <- (1 + amount) * target - amount * other`."""
+    """`target <- (1 + amount) * target - amount * other`; returns the relative error, 0-dim float64."""
     into = find(model, target)
     if amount == 0:
         return _zero(into)
@@ -207,7 +212,10 @@ def _along_(model: nn.Module, amount: float, other: str | None, target: str) -> 
 def _changes(
     model: nn.Module, first: str, second: str | Mapping[str, Tensor]
 ) -> tuple[Tensor, Tensor, list[tuple[Tensor, Tensor]]]:
-    """`(‖ΔW_1 − ΔW_2‖², ‖ΔW_1‖²)` of the LoRA layers, and the pairs of all other tensors as their layers read them."""
+    """`(‖ΔW_1 − ΔW_2‖², ‖ΔW_1‖²)` of the LoRA layers, 0-dim float64, and the pairs of all other tensors.
+
+    A pair is of one shape, float64, on the first's device, and as its layer reads it.
+    """
     one = find(model, first)
     two = find(model, second) if isinstance(second, str) else one.reading(second)
     check_pairs(one, two, any_rank=True)

@@ -73,9 +73,10 @@ def _weights(values: list[list[float]], ranks: tuple[int, ...], device: torch.de
 
 
 def _eigh(matrices: Tensor) -> tuple[Tensor, Tensor]:
-    """`torch.linalg.eigh`, batched; on a GPU beyond 32 wide it goes over the host, since torch then loops.
+    """`torch.linalg.eigh`, batched: `(n, k, k)` float64 -> values `(n, k)`, ascending, and vectors `(n, k, k)`.
 
-    (pytorch/pytorch#175585.) Either way the host waits for a GPU once: torch checks for convergence.
+    On a GPU beyond k = 32 it goes over the host, since torch then loops (pytorch/pytorch#175585). Either way the host
+    waits for a GPU once: torch checks for convergence.
     """
     away = matrices.is_cuda and matrices.shape[-1] > 32
     try:
@@ -163,7 +164,7 @@ def mix_(targets: Sequence[Factors], terms: Sequence[Sequence[tuple[float, Facto
 
 
 def relative(lost: Tensor, total: Tensor) -> Tensor:
-    """`sqrt(lost / total)` of squared norms, 0 where both are 0 and infinite where only `total` is."""
+    """`sqrt(lost / total)` of squared norms, 0-dim or of one shape; 0 where nothing is lost, else infinite where total is 0."""
     return torch.where(lost <= 1e-60, 0.0, lost / total).sqrt()
 
 
@@ -183,7 +184,7 @@ def _padded(first: Sequence[Factors], second: Sequence[Factors]) -> Iterator[tup
 
 
 def _squared(left: Tensor, right: Tensor) -> Tensor:
-    """`‖L R‖²` summed over the batch, from the Gram matrices; rounding cannot make it negative."""
+    """`‖L R‖²` of `(n, out, k)`, `(n, k, in)`, summed over the batch: 0-dim, from Gram matrices, never negative."""
     return ((left.mT @ left) * (right @ right.mT)).sum().clamp(min=0)
 
 
@@ -200,7 +201,10 @@ def differences(first: Sequence[Factors], second: Sequence[Factors]) -> tuple[Te
 
 
 def factor_error(alpha: float, source: Sequence[Factors], target: Sequence[Factors]) -> Tensor:
-    """Relative error in ΔW of mixing factors, before it is done: `α(1−α)(B_p−B_r)(A_p−A_r)` against the exact mix."""
+    """Relative error in ΔW of mixing factors, before it is done: `α(1−α)(B_p−B_r)(A_p−A_r)` against the exact mix.
+
+    One `Factors` a layer in both lists, ranks may differ; returns a 0-dim float64 tensor on the first target's device.
+    """
     lost = total = torch.zeros((), dtype=torch.float64, device=target[0].b.device)
     for b1, a1, b2, a2 in _padded(target, source):
         lost = lost + (alpha * (1 - alpha)) ** 2 * _squared(b2 - b1, a2 - a1).to(lost.device)

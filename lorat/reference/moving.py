@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..files import write_whole
+from ..files import append_lines, write_whole
 from .blending import distance
 from .pairing import POLICY, REFERENCE
 from .rules import UpdateRule
@@ -78,9 +78,8 @@ class MovingReference:
     def flush(self) -> None:
         """Write the journal's new lines. Errors of blends are read here, so that no step waits for the device."""
         if self._lines and self.journal is not None:
-            with self.journal.open("a") as file:
-                for line, error in self._lines:
-                    file.write(json.dumps({**line, **({"error": error.item()} if error is not None else {})}) + "\n")
+            rows = [{**line, **({"error": error.item()} if error is not None else {})} for line, error in self._lines]
+            append_lines(self.journal, rows)
         self._lines.clear()
 
     def state_dict(self) -> dict[str, Any]:

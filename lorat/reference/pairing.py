@@ -33,7 +33,7 @@ class Adapter:
     experts: dict[str, int]  # layers whose factors hold several products
 
     def reading(self, tensors: Mapping[str, Tensor]) -> Adapter:
-        """The same adapter with other tensors, e.g. those of a snapshot."""
+        """The same adapter with other tensors under its names, of its shapes: those of a snapshot, say."""
         return replace(self, tensors=tensors)
 
     def factors(self) -> dict[str, Factors]:
@@ -65,7 +65,7 @@ class Adapter:
         return found
 
     def others(self) -> dict[str, Tensor]:
-        """What is no LoRA factor: biases, DoRA magnitudes, whole modules, token rows."""
+        """What is no LoRA factor, by name, in its own shape: biases, DoRA magnitudes, whole modules, token rows."""
         return {n: t.detach() for n, t in self.tensors.items() if not is_factor(n)}
 
     def scale_of(self, name: str) -> float:
@@ -147,7 +147,7 @@ def adapter_parameters(model: nn.Module, adapter: str) -> dict[str, nn.Parameter
 
 @torch.no_grad()
 def snapshot(model: nn.Module, adapter: str = POLICY) -> dict[str, Tensor]:
-    """Copies of an adapter's tensors in host memory, as `distance` takes them."""
+    """Copies of an adapter's tensors in host memory, by name, in their shapes and types, as `distance` takes them."""
     return {name: p.detach().to("cpu", copy=True) for name, p in adapter_parameters(model, adapter).items()}
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
-from ..files import write_whole
+from ..files import put
 from ..runs.log import RunLog, read_runs
 from ..runs.versions import versions
 from . import plots, tables
@@ -25,10 +25,13 @@ def write_report(
 ) -> Path:
     """Write the page about `runs` (folders) to `out`, atomically; returns its path. Raises a `LoratError`."""
     out = Path(out)
-    if not out.parent.is_dir():
-        raise ConfigError(f"--out {str(out)!r}: there is no folder {str(out.parent)!r}; make it, or name another.")
     page = render(read_runs(list(runs)), samples, rows, title)
-    write_whole(out, page.encode("utf-8", "replace").decode())
+    try:
+        put(out, page)
+    except OSError as error:
+        raise ConfigError(
+            f"--out {str(out)!r} cannot be written: {error}. Name a file in a folder that is there."
+        ) from error
     return out
 
 
@@ -41,8 +44,8 @@ def render(runs: Sequence[RunLog], samples: Sequence[str] = (), rows: int = 12, 
         )
     from jinja2 import Environment, StrictUndefined
 
-    machine = plots.MACHINE + plots.memory_panels(runs)
-    groups = (("Training", plots.TRAINING), ("Reference", plots.REFERENCE), ("Machine", machine))
+    machine = plots.MACHINE_PANELS + plots.memory_panels(runs)
+    groups = (("Training", plots.TRAINING_PANELS), ("Reference", plots.REFERENCE_PANELS), ("Machine", machine))
     sections = [
         (name, [(panel, svg) for panel in panels if (svg := plots.draw(panel, runs))]) for name, panels in groups
     ]
@@ -54,7 +57,7 @@ def render(runs: Sequence[RunLog], samples: Sequence[str] = (), rows: int = 12, 
             "No evaluation was logged (eval_strategy); accuracy and margin against the start are measured there."
         )
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["plain"] = plain
+    environment.filters["printable"] = printable
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         title=title or " · ".join(run.name for run in runs),
         runs=runs,
@@ -73,6 +76,6 @@ def render(runs: Sequence[RunLog], samples: Sequence[str] = (), rows: int = 12, 
     )
 
 
-def plain(text: Any) -> str:
+def printable(text: Any) -> str:
     """Text without what a page cannot show: control characters become a visible stand-in."""
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]", "\ufffd", str(text).replace("\r\n", "\n"))

@@ -57,7 +57,7 @@ def start(name: str, style: Any = SOLID) -> tuple[Curve, Curve]:
     return both(f"start/{name}", style)
 
 
-TRAINING = (
+TRAINING_PANELS = (
     Panel("Loss", "loss", "Mean over examples.", both("loss")),
     Panel(
         "Accuracy against the moving reference",
@@ -105,7 +105,7 @@ TRAINING = (
     ),
     Panel("z₀", "nats", "KTO's baseline.", both("kl")),
 )
-REFERENCE = (
+REFERENCE_PANELS = (
     Panel(
         "Drift from the reference",
         "nats a token",
@@ -130,7 +130,7 @@ REFERENCE = (
         "Error of the last blend", "relative", "What the reference's rank could not hold.", (Curve("reference/error"),)
     ),
 )
-MACHINE = (
+MACHINE_PANELS = (
     Panel("Gradient norm", "norm", "Before clipping.", (Curve("grad_norm"),)),
     Panel("Learning rate", "rate", "", (Curve("learning_rate"),), marks=False),
     Panel("Throughput", "tokens/s", "Tokens trained on, padding left out.", (Curve("tokens_per_second"),), marks=False),
@@ -194,7 +194,7 @@ def draw(panel: Panel, runs: Sequence[RunLog]) -> str | None:
 
 
 def thinned(steps: Sequence[int], values: Sequence[float], most: int = POINTS) -> tuple[np.ndarray, np.ndarray]:
-    """At most `most` points: means over equal spans of steps where there are more."""
+    """Steps and values `(n,)` -> `(m,)` each, m ≤ `most`: means over equal spans of steps where there are more."""
     x, y = np.asarray(steps, float), np.asarray(values, float)
     if len(x) <= most:
         return x, y

@@ -7,6 +7,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from ..files import put
 from ..methods import METHODS
 from .versions import versions
 
@@ -79,9 +80,8 @@ def write_model_card(folder: Path, trainer: Any) -> None:
     tags = ["lorat", "peft", "lora", method.lower()] + (["tr-" + method.lower()] if rule.moves else [])
     hub_base = base if base.count("/") == 1 and not Path(base).exists() else None
     card = ModelCardData(library_name="peft", base_model=hub_base, tags=tags)
-    (folder / "README.md").write_text(
-        str(ModelCard(f"---\n{card.to_yaml()}\n---\n\n{text}", ignore_metadata_errors=True))
-    )
+    whole = str(ModelCard(f"---\n{card.to_yaml()}\n---\n\n{text}", ignore_metadata_errors=True))
+    put(folder / "README.md", whole)
 
 
 MERGED = """\
@@ -141,6 +141,5 @@ def write_merged_card(folder: Path, adapter: Path, report: Any) -> None:
     card = ModelCardData(
         library_name="transformers", base_model=hub_base, tags=["lorat"], pipeline_tag="text-generation"
     )
-    (folder / "README.md").write_text(
-        str(ModelCard(f"---\n{card.to_yaml()}\n---\n\n{text}", ignore_metadata_errors=True))
-    )
+    whole = str(ModelCard(f"---\n{card.to_yaml()}\n---\n\n{text}", ignore_metadata_errors=True))
+    put(folder / "README.md", whole)

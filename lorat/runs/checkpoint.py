@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not there: written aside, sealed with a manifest, then renamed.
+"""Checkpoints, written atomically: aside, sealed with a manifest, then renamed.
 
 A checkpoint is written to `.saving/`, its files' sizes and SHA-256 go into `manifest.json`, and one rename
 makes it visible. A process killed at any moment leaves the earlier checkpoints as they were; what is torn
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
+from ..files import put
 
 MANIFEST = "manifest.json"
 STATE = "lorat_state.json"
@@ -39,8 +40,7 @@ def seal(folder: Path) -> None:
         for p in sorted(folder.rglob("*"))
         if p.is_file() and p.name != MANIFEST
     }
-    with (folder / MANIFEST).open("w") as f:
-        json.dump(files, f, indent=1)
+    put(folder / MANIFEST, json.dumps(files, indent=1))
     for path in (*(folder / name for name in files), folder / MANIFEST, folder):  # on the disk before older ones go
         handle = os.open(path, os.O_RDONLY)
         os.fsync(handle)
@@ -188,10 +188,6 @@ def guard_output_dir(output_dir: Path, resuming: bool, overwrite: bool, inputs: 
     logs = ("trainer_state.json", "eval_results.json", "all_results.json", "reference.jsonl", "eval.json")
     for path in [*found, *(output_dir / name for name in logs)]:
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-
-
-def write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=1, sort_keys=True, default=str) + "\n")
 
 
 def read_json(path: Path) -> Any:

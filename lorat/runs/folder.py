@@ -51,7 +51,7 @@ class Found:
         return model
 
 
-def find(run: str, reference: str | None = None, start: str | None = None) -> Found:
+def models_of(run: str, reference: str | None = None, start: str | None = None) -> Found:
     """Policy, reference and start of a run, a checkpoint or any PEFT LoRA adapter (folder or hub id).
 
     `reference`, `start`: adapters to take instead. Raises `ModelError` where there is no adapter.
@@ -116,6 +116,7 @@ def _find_equals(out: Found) -> None:
 
 
 def _weights(folder: Path) -> dict[str, Tensor]:
+    """An adapter's tensors by name, as they lie on disk; raises `ModelError` for a file that cannot be read."""
     try:
         return load_file(folder / ADAPTER_WEIGHTS)
     except (SafetensorError, OSError) as error:

@@ -17,7 +17,7 @@ from typing import Any
 from ..errors import DataError
 from .checkpoint import RUN, checkpoints
 
-STATE = "trainer_state.json"
+TRAINER_STATE = "trainer_state.json"
 JOURNAL = "reference.jsonl"
 RESULTS = ("eval.json", "eval_results.json", "judge*.json")
 SAMPLES = ("*samples*.jsonl", "*samples*.json")
@@ -89,7 +89,7 @@ def read_run(folder: Path, name: str) -> RunLog:
         raise DataError(f"{str(folder)!r} is not a folder; name the output_dir of a run.")
     run = RunLog(name, folder)
     run_dir = folder.parent if re.fullmatch(r"checkpoint-\d+", folder.name) and not (folder / RUN).exists() else folder
-    for path in [folder / STATE, *(c / STATE for c in checkpoints(folder))]:
+    for path in [folder / TRAINER_STATE, *(c / TRAINER_STATE for c in checkpoints(folder))]:
         state = _optional(path, run, quiet=path.parent != folder)
         if state is not None and _whole_state(state) and int(state["global_step"]) > (run.step if run.source else -1):
             run.source = str(path.relative_to(folder))
@@ -99,11 +99,13 @@ def read_run(folder: Path, name: str) -> RunLog:
     run.versions = _mapping(run.settings.pop("versions", None))
     if not run.source and not run.settings:
         raise DataError(
-            f"{str(folder)!r} is no run: it has no {STATE}, no checkpoint with one and no {RUN}. Name the output_dir of a "
+            f"{str(folder)!r} is no run: it has no {TRAINER_STATE}, no checkpoint with one and no {RUN}. Name the output_dir of a "
             "run; one in progress can be looked at from its first checkpoint on (save_steps)."
         )
     if not run.source:
-        run.notes.append(f"no {STATE} yet: a log is written with the first checkpoint (save_steps) and at the end.")
+        run.notes.append(
+            f"no {TRAINER_STATE} yet: a log is written with the first checkpoint (save_steps) and at the end."
+        )
     run.moves = _journal(run_dir / JOURNAL)
     if folder != run_dir:  # the run went on from this checkpoint
         run.moves = [line for line in run.moves if line["step"] <= run.step]

@@ -18,6 +18,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from ..errors import CheckpointError
+from ..files import put_json
 from ..reference import REFERENCE
 from . import checkpoint as ck
 from .identity import check_same_run
@@ -82,7 +83,7 @@ class RunFolder:
             save_start(str(self.path / ck.START))
         elif not here and (checkpoint.parent / ck.START).is_dir():
             shutil.copytree(checkpoint.parent / ck.START, self.path / ck.START, dirs_exist_ok=True)
-        ck.write_json(self.path / ck.RUN, {**identity, "versions": versions()})
+        put_json(self.path / ck.RUN, {**identity, "versions": versions()})
         if checkpoint is not None and here:
             step = int(ck.read_json(checkpoint / "trainer_state.json")["global_step"])  # whatever it is called
             for name in ck.set_aside_newer(self.path, step):

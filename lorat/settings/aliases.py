@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from .coercion import shown
 from .inherited import CHECKPOINTING
+from .sources import shown
 
 _OTHER = "gradient_checkpointing" if CHECKPOINTING == "activation_checkpointing" else "activation_checkpointing"
 

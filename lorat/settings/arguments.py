@@ -15,9 +15,8 @@ from typing import TYPE_CHECKING, Any, Literal, get_type_hints
 
 from ..errors import ConfigError
 from .aliases import ADVICE, ALIASES, TRL_TYPES, setting_of, translate
-from .coercion import FALSE, TRUE, choices, coerce, describe, nearest, shown
-from .inherited import installed, simple_type
-from .sources import Given, read_argv, read_yaml
+from .inherited import installed, simple_types
+from .sources import FALSE, TRUE, Given, choices, coerce, describe, nearest, read_argv, read_yaml, shown
 from .table import DEFAULTS, NAMED_SYNC, NOT_SETTABLE, OWN, SYNC, TRAINER, Setting
 
 if TYPE_CHECKING:
@@ -124,7 +123,7 @@ def _cheap_type(key: str) -> Any:
     setting = OWN.get(key) or DEFAULTS.get(key)
     if setting is None and key in TRAINER and TRAINER[key].choices:
         setting = TRAINER[key]
-    return _type(setting) if setting is not None else simple_type(key)
+    return _type(setting) if setting is not None else simple_types().get(key)
 
 
 def _type(setting: Setting) -> Any:

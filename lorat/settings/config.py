@@ -15,6 +15,7 @@ import torch
 from transformers import TrainingArguments
 from transformers.trainer_pt_utils import AcceleratorConfig
 
+from ..methods import METHODS
 from ..reference import Adaptive, Frozen, Hard, Soft, Space, UpdateRule, preset
 from .inherited import CHECKPOINTING
 from .table import DEFAULTS, OWN, RECORDED, SYNC
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from peft import LoraConfig
 
     from ..model.base import Base
+    from ..plan.workload import Workload
 
 _CHECKPOINTING = tuple(dict.fromkeys((CHECKPOINTING, "gradient_checkpointing")))  # names of one and the same
 _SEEN = {"bf16", *_CHECKPOINTING}
@@ -223,6 +225,28 @@ class TrustRegionConfig(TrainingArguments):
             use_dora=self.use_dora,
             bias="none",
             task_type="CAUSAL_LM",
+        )
+
+    def workload(self) -> Workload:
+        """What a training step takes memory for."""
+        from ..plan.workload import Workload
+
+        c = self.resolved()
+        return Workload(
+            base=c.base(),
+            adapter=c.adapter(),
+            ref_rank=c.ref_rank,
+            half=torch.bfloat16 if c.bf16 else torch.float16 if c.fp16 else None,
+            checkpointing=c.checkpointing,
+            checkpointing_kwargs=getattr(c, f"{CHECKPOINTING}_kwargs"),
+            checkpointing_setting=CHECKPOINTING,
+            optimiser=str(getattr(c.optim, "value", c.optim)),
+            optimiser_args=c.optim_args,
+            unit=METHODS[c.method].unit,
+            examples=c.per_device_train_batch_size,
+            max_length=c.max_length,
+            prefix_sharing=c.prefix_sharing,
+            product_blends=c.sync in ("soft", "adaptive") and c.sync_space == "product",
         )
 
     def update_rule(self) -> UpdateRule:

@@ -17,8 +17,8 @@ from rich.text import Text
 
 from .aliases import ALIASES, LOSSES
 from .arguments import type_of
-from .coercion import describe, shown
 from .inherited import CHECKPOINTING, installed
+from .sources import describe, shown
 from .table import GROUPS, IDLE, NOT_SETTABLE, OWN, REFUSED, TRAINER, Setting
 
 DOCUMENTED = "https://huggingface.co/docs/transformers/main_classes/trainer"

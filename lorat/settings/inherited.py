@@ -29,14 +29,17 @@ def installed() -> dict[str, str]:
     return dict.fromkeys(table.INHERITED, "")
 
 
-def simple_type(name: str) -> Any:
-    """The type of a field whose annotation is made of simple types; None where transformers has to be asked."""
-    words = installed().get(name, "").split(" | ")
-    if not all(word in _TYPES for word in words):
-        return None
-    kinds = [_TYPES[word] for word in words if word != "None"]
-    kind = functools.reduce(lambda a, b: a | b, kinds)
-    return kind | None if "None" in words else kind
+@functools.cache
+def simple_types() -> dict[str, Any]:
+    """The types of the fields whose annotations are made of simple types; of the others transformers has to be asked."""
+    found = {}
+    for name, annotation in installed().items():
+        words = annotation.split(" | ")
+        if all(word in _TYPES for word in words):
+            kinds = [_TYPES[word] for word in words if word != "None"]
+            kind = functools.reduce(lambda a, b: a | b, kinds)
+            found[name] = kind | None if "None" in words else kind
+    return found
 
 
 # transformers renamed gradient_checkpointing to activation_checkpointing; older versions lack the new name.

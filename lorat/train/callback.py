@@ -16,7 +16,6 @@ import copy
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -31,6 +30,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from ..errors import CheckpointError, ConfigError, ModelError
+from ..files import put_json
 from ..reference import POLICY, REFERENCE, UpdateRule, adapter_parameters, copy_, paired
 from ..reference.moving import MovingReference
 
@@ -116,9 +116,7 @@ class ReferenceSyncCallback(TrainerCallback, ExportableState):
             return
         self._model.save_pretrained(str(folder), selected_adapters=[self.target], save_embedding_layers=False)
         content = {"step": state.global_step, **self.state()["attributes"]["saved"]}
-        aside = folder / f"{STATE}.new"
-        aside.write_text(json.dumps(content, indent=2))
-        os.replace(aside, folder / STATE)
+        put_json(folder / STATE, content)
 
     def _moving(self) -> MovingReference:
         assert self._model is not None, "on_train_begin comes first"

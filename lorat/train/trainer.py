@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError
@@ -27,12 +28,14 @@ from ..data.columns import RowSettings
 from ..data.prepare import DataReport, check_budget, extent, pack_sizes, prepare
 from ..data.tokenization import check_tokenizer
 from ..errors import CheckpointError, ConfigError
+from ..files import put_json
 from ..methods import METHODS, Method
 from ..model.adapters import attach, load_adapter_, train_policy_only_
 from ..model.base import Facts, check_fit, load_base, load_tokenizer
 from ..model.fused import computing
 from ..model.models import Models, check_head
 from ..model.probe import why_not
+from ..packs.attention import install
 from ..packs.packing import Packer, collate
 from ..ranks import Ranks
 from ..reference import POLICY, REFERENCE, UpdateRule, adapter_parameters, distance, snapshot
@@ -216,19 +219,22 @@ class TrustRegionTrainer(Trainer):
                 f"prefix_sharing=True cannot work with {name}: {self.separate}. Remove it: each completion then has a "
                 "row of its own, which is exact for every model."
             )
-        return not self.separate
+        return not self.separate and install(self.model.get_base_model())
 
     @staticmethod
     def _fit(args: TrustRegionConfig, model: Any, datasets: list[Dataset]) -> None:
         """Set `max_tokens_per_pack` to what the plan finds for `gpu_memory`; raises `ConfigError` if nothing fits."""
+        from ..plan.advice import fit
         from ..plan.blueprint import read_model_config
-        from ..plan.fitting import bytes_of, fit
+        from ..plan.card import bytes_of
 
         longest = max(
             (int(pack_sizes(d, args.prefix_sharing is not False).max(initial=0)) for d in datasets), default=None
         )
-        config = read_model_config(args) if model is None or isinstance(model, str) else model.config
-        plan = fit(args, config, bytes_of(str(args.gpu_memory)), longest)
+        workload = args.workload()
+        config = read_model_config(workload.base) if model is None or isinstance(model, str) else model.config
+        available = min(gather_object([bytes_of(str(args.gpu_memory))]))  # of all ranks: they plan alike, or stop alike
+        plan = fit(workload, config, available, longest)
         if not plan.fits:
             raise ConfigError(
                 f"gpu_memory={args.gpu_memory}: packs of {plan.tokens} tokens, the least this data needs, take "
@@ -357,7 +363,7 @@ class TrustRegionTrainer(Trainer):
             try:
                 super()._save_checkpoint(model, trial)
                 if owner:
-                    ck.write_json(staged / ck.STATE, state)
+                    put_json(staged / ck.STATE, state)
                     if self.state.best_model_checkpoint:
                         best = Path(self.state.best_model_checkpoint).name
                         self.state.best_model_checkpoint = str(folder.path / best)

@@ -7,12 +7,13 @@ import mmap
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
 from benchmarks.step import loading, memory, models
-from lorat.model.base import load_base
+from lorat.model.base import load_base, reading_in_turn
 from lorat.settings.config import TrustRegionConfig
 
 ROOT = Path(__file__).parents[2]
@@ -71,6 +72,20 @@ def test_a_checkpoint_is_not_mapped_while_it_is_loaded_in_4bit(tmp_path, monkeyp
     )
     assert len(seen) == 8 and not any(seen)
     assert modeling_utils.safe_open is opened
+
+
+def test_other_threads_open_files_as_ever(monkeypatch):
+    from transformers import modeling_utils
+
+    asked = []
+    monkeypatch.setattr(modeling_utils, "safe_open", lambda *_, **how: asked.append(how["backend"]))
+    with reading_in_turn():
+        other = threading.Thread(target=lambda: modeling_utils.safe_open("file", backend="mmap"))
+        other.start()
+        other.join()
+        modeling_utils.safe_open("file", backend="mmap")
+    modeling_utils.safe_open("file", backend="mmap")
+    assert asked == ["mmap", "pread", "mmap"]
 
 
 def test_the_watch_sees_memory_that_comes_and_goes():

@@ -98,7 +98,7 @@ def test_double_backward_is_refused():
 
 
 def test_a_head_under_an_adapter_is_refused():
-    """Its weight alone would be the base's: the adapter would be left out without a word."""
+    """Its weight alone would be the base's: the adapter would be left out silently."""
     peft = pytest.importorskip("peft")
 
     model = peft.get_peft_model(torch.nn.Sequential(torch.nn.Linear(8, 12)), peft.LoraConfig(target_modules=["0"]))

@@ -26,7 +26,7 @@ from lorat.measure.evaluation import (
 )
 from lorat.measure.generation import Completion, Request, Sampling, sample
 from lorat.measure.lineup import load
-from lorat.runs.folder import find
+from lorat.runs.folder import models_of
 from tests.helpers.eval_runs import folders, make_run, outcomes, plain, token_logps
 from tests.helpers.worlds import make_pairs, make_tokenizer, save_neox, trainer_for
 
@@ -47,7 +47,7 @@ def pairs(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def lineup(run):
-    return load(find(str(run)), cpu=True)
+    return load(models_of(str(run)), cpu=True)
 
 
 def ids(text):
@@ -286,18 +286,18 @@ def test_what_the_options_change(run, pairs, tmp_path):
 
 def test_where_a_runs_models_lie(run, neox, tmp_path):
     last = run / "checkpoint-4"
-    assert find(str(run)).folders == {"policy": run, "reference": last / "ref", "start": run / "start"}
-    assert find(str(last)).folders == {"policy": last, "reference": last / "ref", "start": run / "start"}
-    early = find(str(run / "checkpoint-2"))
+    assert models_of(str(run)).folders == {"policy": run, "reference": last / "ref", "start": run / "start"}
+    assert models_of(str(last)).folders == {"policy": last, "reference": last / "ref", "start": run / "start"}
+    early = models_of(str(run / "checkpoint-2"))
     assert early.folders["reference"] == run / "checkpoint-2" / "ref" and early.settings["beta"] == 0.3
-    assert find(str(run), start=str(last)).folders["start"] == last
+    assert models_of(str(run), start=str(last)).folders["start"] == last
     # the reference is that of the checkpoint with this very policy, not of the newest one; or it is not known
     other = tmp_path / "other"
     shutil.copytree(run, other)
     shutil.copy(run / "checkpoint-2" / "adapter_model.safetensors", other)
-    assert find(str(other)).folders["reference"] == other / "checkpoint-2" / "ref"
+    assert models_of(str(other)).folders["reference"] == other / "checkpoint-2" / "ref"
     shutil.rmtree(other / "checkpoint-2")
-    found = find(str(other))
+    found = models_of(str(other))
     assert "reference" not in found.folders and any("not saved" in note for note in found.notes)
     with pytest.raises(LoratError, match="has no reference.*--reference names one"):
         found.which("reference")
@@ -305,7 +305,7 @@ def test_where_a_runs_models_lie(run, neox, tmp_path):
     trainer = trainer_for(neox, tmp_path / "frozen", make_pairs(8), load_in_4bit=False)
     trainer.train()
     trainer.save_model()
-    found = find(str(tmp_path / "frozen"))
+    found = models_of(str(tmp_path / "frozen"))
     assert list(found.folders) == ["policy"] and found.same_as == {"base": "start", "reference": "start"}
     assert found.names == ["policy", "start"]
 

@@ -15,11 +15,11 @@ from lorat.data.prompts import Prompt, encode_prompts, read_prompts
 from lorat.errors import ConfigError, DataError, LoratError
 from lorat.files import Pieces, pack_floats, unpack_floats
 from lorat.measure import generation
-from lorat.measure.generation import Request, Sampling, end_ids, fit, logits, pick, sample, uniforms
+from lorat.measure.generation import Request, Sampling, end_ids, logits, pick, sample, uniforms, within_positions
 from lorat.measure.lineup import load
-from lorat.measure.samples import Answer, check_format, markdown, render
+from lorat.measure.samples import SampledAnswer, check_format, markdown, render
 from lorat.model.models import Head
-from lorat.runs.folder import find
+from lorat.runs.folder import models_of
 from tests.helpers.eval_runs import make_run, plain
 from tests.helpers.worlds import make_pairs, make_tokenizer
 
@@ -33,7 +33,7 @@ def run(neox, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def lineup(run):
-    return load(find(str(run)), cpu=True)
+    return load(models_of(str(run)), cpu=True)
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +63,7 @@ def test_the_batch_does_not_change_what_is_said(lineup, requests, tmp_path):
 
 
 def test_greedy_is_plain_transformers_greedy(run, neox, requests, tmp_path):
-    lineup = load(find(str(run)), cpu=True, in_4bit=False)
+    lineup = load(models_of(str(run)), cpu=True, in_4bit=False)
     for name, folder in (("policy", run), ("start", run / "start"), ("base", None)):
         model = plain(neox, folder)
         for got, r in zip(say(lineup, requests[:6], fresh(tmp_path, name), name, greedy=True), requests):
@@ -85,7 +85,7 @@ def test_learned_positions_and_left_padding(requests, tmp_path):
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     lora = LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True, init_lora_weights=False, task_type="CAUSAL_LM")
     get_peft_model(base, lora).save_pretrained(tmp_path / "adapter")
-    lineup = load(find(str(tmp_path / "adapter")), cpu=True, in_4bit=False)
+    lineup = load(models_of(str(tmp_path / "adapter")), cpu=True, in_4bit=False)
     together = say(lineup, requests[:8], fresh(tmp_path, 8), greedy=True, batch_size=8)
     model = plain(tmp_path / "base", tmp_path / "adapter")
     for got, r in zip(together, requests):
@@ -140,9 +140,9 @@ def test_which_tokens_end_a_text(lineup, monkeypatch):
 
 def test_prompts_and_samples_fit_the_models_positions(lineup):
     short, long = [5, 6], list(range(3, 23)) * 7  # 140 tokens; the model has 128 positions
-    ids, how, notes = fit(lineup, [short, long], Sampling(max_new_tokens=100))
+    ids, how, notes = within_positions(lineup, [short, long], Sampling(max_new_tokens=100))
     assert how.max_new_tokens == 64 and ids == [short, long[-64:]] and len(notes) == 2
-    assert fit(lineup, [short], Sampling(max_new_tokens=8))[1:] == (Sampling(max_new_tokens=8), [])
+    assert within_positions(lineup, [short], Sampling(max_new_tokens=8))[1:] == (Sampling(max_new_tokens=8), [])
 
 
 def test_pieces_survive_and_are_exact(tmp_path):
@@ -261,7 +261,7 @@ def test_formats_refuse_what_they_cannot_hold():
         with pytest.raises(LoratError, match=words):
             check_format(form, prompts, n)
     check_format("arena-hard-0.1", [named], 3)
-    line = render("arena-hard-0.1", [Answer(0, named, s, f"t{s}", 1, True) for s in range(3)], "m", 0.0)
+    line = render("arena-hard-0.1", [SampledAnswer(0, named, s, f"t{s}", 1, True) for s in range(3)], "m", 0.0)
     assert [c["turns"][0]["content"] for c in json.loads(line)["choices"]] == ["t0", "t1", "t2"]
 
 

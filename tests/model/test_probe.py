@@ -20,8 +20,17 @@ from tests.helpers.worlds import make_pairs, trainer_for
 CPU = torch.device("cpu")
 
 
+def attention_of(policy):
+    """The attention of every configuration in a model."""
+    return [m.config._attn_implementation for m in policy.modules() if hasattr(m, "config")]
+
+
 def ask(policy, longest=64, autocast=contextlib.nullcontext):
-    return why_not(Models(policy, autocast=autocast), CPU, longest)
+    """The probe's answer; whatever it is, the model's attention is what it was."""
+    before = attention_of(policy)
+    answer = why_not(Models(policy, autocast=autocast), CPU, longest)
+    assert attention_of(policy) == before and "lorat" not in str(before)
+    return answer
 
 
 @pytest.mark.parametrize("bf16", [False, True])
@@ -37,6 +46,13 @@ def test_others_are_found_and_said_why(name):
     settings, word = SEPARATE[name]
     reason = ask(adapted(make(name, settings)))
     assert reason and word in reason
+
+
+def test_a_model_that_heeds_layouts_already_goes_on_to():
+    policy = adapted(make("Llama", SHARED["Llama"]))
+    assert attention.install(policy.get_base_model())
+    assert why_not(Models(policy), CPU, 64) is None
+    assert policy.get_base_model().config._attn_implementation == attention.NAMES["sdpa"]
 
 
 def spoilt(change):
@@ -95,7 +111,6 @@ def test_a_window_that_does_not_arrive_is_found_where_rows_are_longer(monkeypatc
     for layer in policy.get_base_model().model.layers:
         plain = layer.self_attn.forward
         layer.self_attn.forward = lambda *a, plain=plain, **k: plain(*a, **k)
-    monkeypatch.setattr(attention, "_seen", None)
     original = attention.packed_attention
 
     def without(*args, sliding_window=None, **kwargs):
@@ -127,7 +142,7 @@ def save(name, settings, folder):
 def test_a_model_that_cannot_trains_on_rows_and_says_so(tmp_path):
     folder = save("StableLm", SEPARATE["StableLm"][0], tmp_path / "model")
     trainer = trainer_for(folder, tmp_path / "run", make_pairs(8), max_steps=1)
-    assert not trainer.scorer.packer.shared
+    assert not trainer.scorer.packer.shared and "lorat_packs" not in attention_of(trainer.model)
     assert any("one padded row" in line and "0 of its 2 layers" in line for line in trainer.opening_lines(1))
     trainer.train()
     with pytest.raises(ConfigError, match="prefix_sharing=True cannot work with StableLmForCausalLM: 0 of its 2"):

@@ -7,17 +7,21 @@ model's own logits in float64.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import random
 import sys
 import types
 
 import pytest
 import torch
+from transformers import AttentionInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lorat.errors import ModelError
 from lorat.model.models import Head, Models
+from lorat.model.probe import why_not
 from lorat.packs import attention
-from lorat.packs.attention import NAMES, Gather, install, packed_attention, recording
+from lorat.packs.attention import NAMES, Gather, install, installed, packed_attention
 from lorat.packs.logprobs import per_completion
 from lorat.packs.packing import Packer, pad_rows, share_prompts, split_groups
 from tests.helpers.architectures import SHARED, adapted, make
@@ -53,13 +57,13 @@ def alone(policy, groups):
     return torch.stack(out)
 
 
-def compare(policy, groups):
+def compare(policy, groups, backend=attention.attend):
     """`(greatest difference in nats, relative difference of the adapters' gradients)` of packs and plain passes."""
     expected = alone(policy, groups)
     weighted(expected).backward()
     g_expected = gradients(policy)
     assert install(policy.get_base_model())
-    pack = share_prompts(groups)
+    pack = share_prompts(groups).through(backend)
     ours = per_completion(Models(policy).tokens(pack), pack.lengths)
     weighted(ours).backward()
     g_ours = gradients(policy)
@@ -75,8 +79,13 @@ def test_a_pack_is_what_each_completion_alone_is(name, checkpointing):
         policy.enable_input_require_grads()
         policy.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
         policy.train()
-    with recording() as seen:
-        nats, relative = compare(policy, draw_groups())
+    seen = []
+
+    def listening(module, *args):
+        seen.append(module)
+        return attention.attend(module, *args)
+
+    nats, relative = compare(policy, draw_groups(), listening)
     assert len(seen) == 2 * (1 + checkpointing)  # layers, forward and again in the backward
     assert nats < 5e-5
     assert relative < 1e-5
@@ -218,7 +227,8 @@ def test_what_is_handed_to_flash_attention_is_the_same_attention(monkeypatch, wi
         on_gpu = types.SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16, shape=q.shape)
         assert attention.varlen_backend(on_gpu, on_gpu, None) and not attention.varlen_backend(on_gpu, on_gpu, window)
     else:
-        monkeypatch.setattr(attention, "varlen_backend", lambda *_: attention._varlen)
+        backend = functools.partial(attention.attend, varlen=lambda *_: attention._varlen)
+        layout = dataclasses.replace(layout, backend=backend)
         ours = packed_attention(module, q, k, v, layout, scaling=0.3, sliding_window=window)
         torch.testing.assert_close(ours, expected, rtol=0, atol=1e-6)
         assert record == [(-1, 0) if window is None else (window - 1, 0)]
@@ -268,6 +278,34 @@ def test_other_calls_are_what_they_were(name):
     assert torch.equal(before[0], after[0]) and torch.equal(before[1], after[1])
 
 
+@pytest.mark.parametrize("name", ["flash_attention_2", "kernels-community/flash-attn3", "test_own"])
+def test_an_attention_that_takes_no_layout_is_kept_and_refused_in_words(name, monkeypatch):
+    """Whether transformers' own, a kernel of the hub, or one that somebody registered: nothing is put in its place."""
+    model = make("Llama", SHARED["Llama"])
+    calls = []
+    sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    monkeypatch.setitem(AttentionInterface._global_mapping, name, lambda *a, **k: calls.append(name) or sdpa(*a, **k))
+    model.config._attn_implementation = name
+    with installed(model) as told:
+        assert not told and not install(model)
+        assert name in attention.hindrance(name) and "attn_implementation" in attention.hindrance(name)
+        assert model.config._attn_implementation == name
+    policy = adapted(model)
+    assert name in why_not(Models(policy), torch.device("cpu"), 64)
+    policy.get_base_model()(input_ids=torch.tensor([[3, 4, 5]]))
+    assert calls == [name] * 2 and model.config._attn_implementation == name  # a layer each
+
+
+def test_a_model_is_told_for_a_while():
+    model = make("Gemma2", SHARED["Gemma2"])
+    with installed(model) as told:
+        assert told and model.config._attn_implementation == NAMES["eager"]
+    assert model.config._attn_implementation == "eager"
+    with pytest.raises(KeyError), installed(model):
+        raise KeyError
+    assert model.config._attn_implementation == "eager"
+
+
 def test_what_attention_cannot_express_is_refused():
     layout = share_prompts([([1, 2], [[3], [4]])]).layout
     x = torch.randn(1, 2, 4, 8)
@@ -281,7 +319,7 @@ def test_what_attention_cannot_express_is_refused():
 
 
 def test_a_model_that_was_not_told_of_layouts_is_refused():
-    """It would drop the keyword, and every number would be wrong without a sign."""
+    """It would drop the keyword, and every number would silently be wrong."""
     policy = adapted(make("Llama", SHARED["Llama"]))
     with pytest.raises(ModelError, match="install"):
         Models(policy).tokens(share_prompts(draw_groups()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import weakref
@@ -10,6 +11,7 @@ from collections import Counter
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.step.models import SHAPES, configuration
 from lorat.cli.main import main
@@ -20,13 +22,13 @@ from lorat.model.fused import fuse_, native
 from lorat.model.models import Head, Models
 from lorat.packs import attention
 from lorat.packs.packing import share_prompts
-from lorat.plan import stand_ins
+from lorat.plan import dry_pass
+from lorat.plan.advice import fit
 from lorat.plan.blueprint import draw
-from lorat.plan.fitting import bytes_of, fit, largest
-from lorat.plan.ledger import Ledger
+from lorat.plan.card import bytes_of
+from lorat.plan.dry_pass import DryPass, Ledger, LikeCuda
 from lorat.plan.memory import CONTEXT, STEP, Planner
-from lorat.plan.optimiser_memory import optimiser_memory
-from lorat.plan.simulation import Simulation
+from lorat.plan.optimiser import optimiser_memory
 from lorat.settings.config import CHECKPOINTING
 from tests.helpers.architectures import SHARED, make
 from tests.helpers.worlds import bits_on_cpu, run_config
@@ -53,6 +55,11 @@ def saved(tmp_path_factory):
         return made[name]
 
     return folder
+
+
+def drawn_of(config, model_config):
+    """The model of `config` without values."""
+    return draw(config.base(), config.adapter(), model_config, config.ref_rank)
 
 
 def real_bytes(model):
@@ -102,7 +109,7 @@ def test_bytes_that_stay_are_those_of_the_real_model(name, settings, saved, tmp_
     changes = {} if name == "Mixtral" else SETTINGS[settings]  # its experts have ranks of their own
     config = run_config(saved(name), tmp_path, **{"dtype": "float32"} | changes)
     real = attach(load_base(config.base()), config.adapter(), ref_rank=config.ref_rank)
-    planner = Planner(config, real.config)
+    planner = Planner(config.workload(), real.config)
     predicted = {i.name: i.bytes for i in planner.static}
     found = real_bytes(real)
     assert {item: predicted[item] for item in ITEMS} == {item: found[what] for item, what in ITEMS.items()}
@@ -110,7 +117,7 @@ def test_bytes_that_stay_are_those_of_the_real_model(name, settings, saved, tmp_
     for p in trained:
         p.grad = torch.zeros_like(p)
     assert predicted["gradients"] == sum(p.grad.untyped_storage().nbytes() for p in trained)
-    drawn = draw(config, real.config)
+    drawn = drawn_of(config, real.config)
     assert fuse_(drawn) == fuse_(real) and native(drawn, torch.bfloat16) == native(real, torch.bfloat16)
 
 
@@ -145,7 +152,7 @@ def test_optimiser_state_is_that_of_the_real_one(optim, tmp_path):
                 host += size
             elif key != "step" or "fused" in optim:
                 gpu += size
-    found = optimiser_memory(config, parameters)
+    found = optimiser_memory(optim, parameters)
     assert (found.gpu, found.host) == (gpu, host)
     numbers = sum(p.numel() for p in parameters)
     assert found.step == 0 if optim == "adamw_torch_fused" else found.step <= 2 * 4 * numbers + 4096
@@ -183,9 +190,8 @@ def real_step(config, folder, groups):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("name", ["GPTNeoX", "Llama", "Qwen2"])
-def test_activations_that_are_kept_are_those_that_autograd_keeps(name, dtype, saved, tmp_path, monkeypatch):
+def test_activations_that_are_kept_are_those_that_autograd_keeps(name, dtype, saved, tmp_path):
     """All layers' without checkpointing, of five layers of which two are run; attention is the CPU's on both sides."""
-    monkeypatch.setattr(stand_ins, "flash", lambda *_: None)
     folder = tmp_path / "five"
     make(name, SHARED[name], num_hidden_layers=5, **MODELS[name]).save_pretrained(folder)
     config = run_config(str(folder), tmp_path, dtype=dtype)
@@ -193,12 +199,13 @@ def test_activations_that_are_kept_are_those_that_autograd_keeps(name, dtype, sa
     groups = [([1] * p, [[2] * c for c in cs]) for p, cs in lengths]
     kept, ledger = real_step(config, folder, groups)
     config.bf16 = dtype == "bfloat16"
-    planner = Planner(config, make(name, SHARED[name], num_hidden_layers=5, **MODELS[name]).config)
-    step = planner.step(lengths)
-    assert planner.simulation.times == [1, 3, 1]
-    assert step.forward == pytest.approx(kept, rel=0.03)
+    model = make(name, SHARED[name], num_hidden_layers=5, **MODELS[name])
+    planner = Planner(config.workload(), model.config, flash=False)
+    moment = planner.moment(lengths)
+    assert planner.dry.times == [1, 3, 1]
+    assert moment.forward == pytest.approx(kept, rel=0.03)
     peak = ledger.peak()[0]
-    assert step.total - step.logprobs == pytest.approx(peak, rel=0.08)
+    assert moment.total - moment.logprobs == pytest.approx(peak, rel=0.08)
 
 
 def test_with_checkpointing_a_layer_keeps_its_input(tmp_path):
@@ -206,13 +213,89 @@ def test_with_checkpointing_a_layer_keeps_its_input(tmp_path):
     config.bf16 = True
     model = make("Llama", SHARED["Llama"], num_hidden_layers=7)
     groups = [(100, [200, 212])]
-    on = Planner(config, model.config).step(groups)
+    on = Planner(config.workload(), model.config).moment(groups)
     config = run_config(None, tmp_path)
     config.bf16 = True
-    off = Planner(config, model.config).step(groups)
+    off = Planner(config.workload(), model.config).moment(groups)
     inputs = 512 * 64 * 2  # tokens x hidden size, in bf16
     assert on.by_layer[0] == inputs
     assert 7 * inputs <= on.forward < 12 * inputs and off.forward > 40 * inputs
+
+
+UNDER_AUTOCAST = {  # beside the bytes of a number of a layer's input, for a LayerNorm model and for an RMSNorm one
+    "fp16": (dict(fp16=True), 2, 2),
+    "a float32 base": (dict(dtype="float32"), 4, 4),
+    "dropout": (dict(lora_dropout=0.1), 4, 2),  # PEFT's layers answer in what they were given: a LayerNorm's float32
+    "DoRA": (dict(use_dora=True), 4, 2),
+}
+
+
+@pytest.mark.parametrize("case", UNDER_AUTOCAST)
+@pytest.mark.parametrize("name", ["GPTNeoX", "GPT2", "Llama"])
+def test_models_of_either_norm_are_planned_under_autocast(name, case, tmp_path):
+    """Layers are recomputed with the types of the forward; a model without autocast has less to keep."""
+    settings, *sizes = UNDER_AUTOCAST[case]
+    fp16, settings = "fp16" in settings, {k: v for k, v in settings.items() if k != "fp16"}
+    config = run_config(None, tmp_path, activation_checkpointing=True, **settings)
+    config.fp16, config.bf16 = fp16, not fp16
+    planner = Planner(config.workload(), make(name, SHARED[name], num_hidden_layers=3).config)
+    moment = planner.moment([(100, [200, 212])])
+    assert planner.dry.autocast
+    assert moment.by_layer[0] == 512 * 64 * sizes[name == "Llama"]  # tokens x hidden size
+    assert planner.at(512, [(100, [200, 212])]).notes == [
+        "this model computes under autocast, whose float32 copies are predicted less exactly"
+    ]
+
+
+def test_what_is_widened_is_what_cudas_autocast_widens():
+    """Its answers without a GPU: types of tensors without values that are said to lie on one."""
+    f = nn.functional
+
+    def types(device, mode):
+        x, w = (torch.empty(*shape, device=device, dtype=torch.float16) for shape in ((2, 4), (4,)))
+        results = {
+            "layer_norm": lambda: f.layer_norm(x, (4,), w, w),
+            "rms_norm": lambda: f.rms_norm(x, (4,), w),
+            "group_norm": lambda: f.group_norm(x, 2),
+            "**": lambda: x**3,
+            "2**": lambda: 2**x,
+            "pow": lambda: x.pow(2),
+            "torch.pow": lambda: torch.pow(x, 3.0),
+            "rsqrt": lambda: torch.rsqrt(x),
+            "reciprocal": x.reciprocal,
+            "exp": x.exp,
+            "log": x.log,
+            "norm": x.norm,
+            "softplus": lambda: f.softplus(x),
+            "softmax": lambda: f.softmax(x, dim=-1),
+            "its own type": lambda: f.softmax(x, dim=-1, dtype=torch.float16),
+            "log_softmax": lambda: x.log_softmax(-1),
+            "logsumexp": lambda: x.logsumexp(-1),
+            "sum": x.sum,
+            "cumsum": lambda: x.cumsum(-1),
+            "prod": lambda: torch.prod(x),
+            "of whole numbers": lambda: x.bool().sum(),
+            "mean": x.mean,
+            "gelu": lambda: f.gelu(x),
+            "silu": lambda: f.silu(x),
+            "sigmoid": x.sigmoid,
+            "tanh": x.tanh,
+            "relu": lambda: f.relu(x),
+            "add": lambda: x + x,
+            "mul": lambda: x * w,
+            "matmul": lambda: x.float() @ x.T.float(),
+            "linear": lambda: f.linear(x.float(), x.float()),
+        }
+        torch.set_autocast_enabled(device, True)
+        torch.set_autocast_dtype(device, torch.float16)
+        try:
+            with mode:
+                return {name: function().dtype for name, function in results.items()}
+        finally:
+            torch.set_autocast_enabled(device, False)
+
+    with FakeTensorMode():
+        assert types("cpu", LikeCuda()) == types("cuda", contextlib.nullcontext())
 
 
 def test_offloaded_inputs_and_layers_without_checkpointing_are_counted(tmp_path):
@@ -223,8 +306,8 @@ def test_offloaded_inputs_and_layers_without_checkpointing_are_counted(tmp_path)
         kwargs = {f"{CHECKPOINTING}_kwargs": how} if on else {}
         config = run_config(None, tmp_path, activation_checkpointing=on, **kwargs)
         config.bf16 = True
-        simulation = Simulation(config, draw(config, model.config), None)
-        return simulation.step([(100, [200, 212])]), simulation.times
+        dry = DryPass(config.workload(), drawn_of(config, model.config), None)
+        return dry.moment([(100, [200, 212])]), dry.times
 
     model = make("Llama", SHARED["Llama"], num_hidden_layers=7)
     inputs = 512 * 64 * 2
@@ -243,9 +326,9 @@ def test_layers_of_different_kinds_are_counted_each(tmp_path):
     settings = SHARED["DeepseekV3"] | {"first_k_dense_replace": 2}
     short, long = (make("DeepseekV3", settings, num_hidden_layers=n).config for n in (4, 9))
     pair = [(20, [30, 40])]
-    a, b = (Simulation(config, draw(config, c), None) for c in (short, long))
+    a, b = (DryPass(config.workload(), drawn_of(config, c), None) for c in (short, long))
     assert a.times == [1, 1, 1, 1] and b.times == [1, 1, 6, 1]
-    one, two = a.step(pair), b.step(pair)
+    one, two = a.moment(pair), b.moment(pair)
     assert two.forward - one.forward == 5 * one.by_layer[2] and one.by_layer[2] != one.by_layer[0]
 
 
@@ -253,19 +336,19 @@ def test_the_kernel_is_counted_by_its_own_budget(monkeypatch):
     from lorat_kernels.plans import plan_for
 
     half = torch.bfloat16
-    count = lambda rows, grad: stand_ins.workspace(rows, 4096, 50432, half, half, grad, plan_for((8, 9)))  # noqa: E731
+    count = lambda rows, grad: dry_pass.workspace(rows, 4096, 50432, half, half, grad, plan_for((8, 9)))  # noqa: E731
     tiles = 50432 // 128
     assert count(100, True) == 100 * (8 * tiles + 2 * 50432) and count(100, False) == 100 * 8 * tiles
-    assert count(8192, True) <= stand_ins.BUDGET
-    monkeypatch.setattr(stand_ins, "BUDGET", 60_000_000)
+    assert count(8192, True) <= dry_pass.BUDGET
+    monkeypatch.setattr(dry_pass, "BUDGET", 60_000_000)
     assert count(8192, True) == 512 * (8 * tiles + 2 * 50432)
-    assert stand_ins.workspace(8192, 64, 1000, half, half, True, None) == 3 * 4 * 512 * 1000 + 4 * 8192 * 64
+    assert dry_pass.workspace(8192, 64, 1000, half, half, True, None) == 3 * 4 * 512 * 1000 + 4 * 8192 * 64
 
 
 def test_pythia_6_9b_as_the_project_wants_it(tmp_path):
     config = run_config(None, tmp_path, lora_r=16, activation_checkpointing=True, max_length=1024)
     config.bf16 = True
-    plan = Planner(config, configuration(SHAPES["pythia-6.9b"])).at(2048)
+    plan = Planner(config.workload(), configuration(SHAPES["pythia-6.9b"])).at(2048)
     size = {i.name: i.bytes for i in plan.items}
     numbers = 32 * 12 * 4096**2
     assert size["4-bit weights"] == numbers // 2
@@ -289,21 +372,21 @@ def small(tmp_path, **changes):
 
 def test_the_largest_packs_that_fit(tmp_path):
     config, model = small(tmp_path)
-    planner = Planner(config, model)
+    planner = Planner(config.workload(), model)
     limit = (planner.at(700).total + planner.at(1000).total) // 2
-    plan = largest(planner, limit)
+    plan = planner.largest(limit)
     assert plan.fits and 700 <= plan.tokens <= 1000
     assert planner.at(plan.tokens).total <= limit < planner.at(plan.tokens + STEP).total
-    assert largest(planner, 2**40).tokens == 16 * 199  # a batch of 16 pairs is no longer
-    assert largest(planner, planner.at(199).total).tokens == 199  # the longest pair: 1 + 99 + 99
-    assert largest(planner, planner.at(320).total, longest=320).tokens >= 320
-    assert not largest(planner, planner.at(320).total - 1, longest=320).fits
+    assert planner.largest(2**40).tokens == 16 * 199  # a batch of 16 pairs is no longer
+    assert planner.largest(planner.at(199).total).tokens == 199  # the longest pair: 1 + 99 + 99
+    assert planner.largest(planner.at(320).total, longest=320).tokens >= 320
+    assert not planner.largest(planner.at(320).total - 1, longest=320).fits
 
 
 def test_what_to_change_where_nothing_fits(tmp_path):
     config, model = small(tmp_path, lora_r=32)
-    need = Planner(config, model).at(199).total
-    plan = fit(config, model, need - 2 * 2**20)
+    need = Planner(config.workload(), model).at(199).total
+    plan = fit(config.workload(), model, need - 2 * 2**20)
     assert not plan.fits and plan.tokens == 199
     assert plan.advice[0].startswith(f"{CHECKPOINTING}: true") and "fits" in plan.advice[-1]
 
@@ -339,4 +422,4 @@ def test_amounts_and_models_that_make_no_sense(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "t5"}')
     assert main(["plan", "--model_name_or_path", str(tmp_path)]) == 2
     with pytest.raises(ModelError, match="embeddings are the head's"):
-        draw(run_config(None, tmp_path, quantize_embeddings="8bit"), make("GPT2", SHARED["GPT2"]).config)
+        drawn_of(run_config(None, tmp_path, quantize_embeddings="8bit"), make("GPT2", SHARED["GPT2"]).config)

@@ -94,7 +94,7 @@ def affine(drawn, true) -> None:
 
 def test_a_curve_lies_where_its_values_are(tmp_path):
     run = read_run(tmp_path, "a") if make_run(tmp_path, moves=()) else None
-    svg = plots.draw(plots.TRAINING[0], [run])
+    svg = plots.draw(plots.TRAINING_PANELS[0], [run])
     curve = max(paths(svg, "c0"), key=len)
     assert len(curve) == 6
     affine([x for x, _ in curve], range(1, 7))
@@ -112,7 +112,7 @@ def test_the_references_moves_are_marked_where_they_happened(tmp_path):
     many = make_run(tmp_path / "c", moves=(), every=20)
     lines = "".join(json.dumps({"step": i, "moved": i % 2 == 0}) + "\n" for i in range(20, 120))
     (tmp_path / "c" / "reference.jsonl").write_text(lines)  # 50 moves, and 50 times it was let be
-    svg = plots.draw(plots.TRAINING[0], read_runs([*folders, many]))
+    svg = plots.draw(plots.TRAINING_PANELS[0], read_runs([*folders, many]))
     groups = re.findall(r'<g class="updates">(.*?)</g>', svg, re.DOTALL)
     ticks = [paths(g, f"c{i}") for g, i in zip(groups, (1, 2), strict=True)]
     curve = next(p for p in paths(svg, "c1") if len(p) == 6)
@@ -372,7 +372,7 @@ def test_a_real_run(neox, tmp_path, capsys):
     run = read_run(out, "run")
     assert run.finished and run.updates() == [2, 4] and len(run.series("loss")[0]) == 5
     page = render([run])
-    wanted = [p.title for p in (*plots.TRAINING, *plots.REFERENCE, *plots.MACHINE)]
+    wanted = [p.title for p in (*plots.TRAINING_PANELS, *plots.REFERENCE_PANELS, *plots.MACHINE_PANELS)]
     for title in set(wanted) - {"z₀", "Error of the last blend"}:  # KTO's; a copy's error is 0, and may not be logged
         assert f"<h3>{title}</h3>" in page, title
     (out / "trainer_state.json").unlink()

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from lorat.errors import ConfigError
-from lorat.settings import arguments, coercion
+from lorat.settings import arguments, sources
 from lorat.settings.aliases import ADVICE, ALIASES, CHECKPOINTING, LOSSES
 from lorat.settings.arguments import help_text, parse_config, translate_trl, types
-from lorat.settings.coercion import coerce, describe
 from lorat.settings.config import TrustRegionConfig
+from lorat.settings.sources import coerce, describe
 from lorat.settings.table import GROUPS, METHODS
 
 BASE = "model_name_or_path: some/model\ndataset_name: pairs.jsonl\noutput_dir: out\nuse_cpu: true\n"
@@ -567,7 +567,7 @@ def test_words_for_types():
     assert all(describe(hint) for hint in types().values())
 
 
-def test_coercion_knows_no_setting():
-    source = inspect.getsource(coercion)
+def test_sources_know_no_setting():
+    source = inspect.getsource(sources)
     assert not any(f'"{name}"' in source for name in types())
     assert len(Path(arguments.__file__).read_text().splitlines()) <= 250

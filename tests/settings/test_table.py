@@ -74,13 +74,13 @@ def test_types_that_are_read_off_the_source_are_those_of_the_class():
 
 def test_without_the_source_the_names_stand_in(monkeypatch):
     monkeypatch.setattr(inherited, "_FIELD", inherited.re.compile("nothing like it"))
-    inherited.installed.cache_clear()
+    inherited.installed.cache_clear(), inherited.simple_types.cache_clear()
     try:
-        assert inherited.installed().keys() == set(table.INHERITED) and inherited.simple_type("seed") is None
+        assert inherited.installed().keys() == set(table.INHERITED) and "seed" not in inherited.simple_types()
         assert type_of("weight_decay") is float  # asked of transformers
     finally:
         monkeypatch.undo()
-        inherited.installed.cache_clear()
+        inherited.installed.cache_clear(), inherited.simple_types.cache_clear()
 
 
 def test_the_defaults_that_help_shows_are_those_that_hold():

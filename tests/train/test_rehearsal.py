@@ -143,7 +143,7 @@ def test_embeddings_in_few_bits(neox, tmp_path, kind, error):
 def test_a_run_is_loaded_again_with_its_embeddings_as_they_were(neox, tmp_path):
     """By `lorat eval` and `generate`, and by `lorat merge`, whose model is what was trained."""
     from lorat.measure.lineup import load
-    from lorat.runs.folder import find
+    from lorat.runs.folder import models_of
     from lorat.runs.merge import merge
 
     trainer = trainer_for(neox, tmp_path / "run", make_pairs(4), quantize_embeddings="8bit")
@@ -151,7 +151,7 @@ def test_a_run_is_loaded_again_with_its_embeddings_as_they_were(neox, tmp_path):
     trainer.save_model()
     ids = torch.arange(9)
     trained = trainer.model.get_base_model().get_input_embeddings()(ids)
-    lineup = load(find(str(tmp_path / "run")), cpu=True)
+    lineup = load(models_of(str(tmp_path / "run")), cpu=True)
     assert torch.equal(lineup.model.get_base_model().get_input_embeddings()(ids), trained)
     assert merge(str(tmp_path / "run"), str(tmp_path / "merged")).folded.largest < 1e-4
 
@@ -175,15 +175,39 @@ def test_gpu_memory_sets_the_pack_or_says_what_would_help(neox, tmp_path):
     """As the plan finds it for this data; never below the longest example, and refused before a model is loaded."""
     from lorat.data.prepare import pack_sizes
     from lorat.errors import ConfigError
+    from lorat.plan.advice import fit
     from lorat.plan.blueprint import read_model_config
-    from lorat.plan.fitting import bytes_of, fit
+    from lorat.plan.card import bytes_of
 
     trainer = trainer_for(neox, tmp_path / "run", make_pairs(12), gpu_memory="2GiB")
     longest = int(pack_sizes(trainer.train_dataset, True).max())
     row = max(trainer.train_dataset, key=lambda r: len(r["prompt_ids"]) + len(r["chosen_ids"]) + len(r["rejected_ids"]))
     assert longest == len(row["prompt_ids"]) + len(row["chosen_ids"]) + len(row["rejected_ids"])
-    plan = fit(trainer.args, read_model_config(trainer.args), bytes_of("2GiB"), longest)
+    workload = trainer.args.workload()
+    plan = fit(workload, read_model_config(workload.base), bytes_of("2GiB"), longest)
     assert plan.fits and trainer.args.max_tokens_per_pack == plan.tokens >= longest
     assert trainer.scorer.packer.budget == plan.tokens
     with pytest.raises(ConfigError, match=r"gpu_memory=501MiB: packs of \d+ tokens, the least this data needs"):
         trainer_for(neox, tmp_path / "small", make_pairs(12), gpu_memory="501MiB")
+
+
+def test_ranks_plan_for_the_least_memory_among_them(neox, tmp_path, monkeypatch):
+    """Each asks its own card: all get the same packs, and where one has too little, all say so."""
+    from lorat.errors import ConfigError
+    from lorat.plan.blueprint import read_model_config
+    from lorat.plan.card import bytes_of
+    from lorat.plan.memory import Planner
+    from lorat.train import trainer as module
+    from tests.helpers.worlds import run_config
+
+    workload = run_config(neox, tmp_path).workload()
+    planner = Planner(workload, read_model_config(workload.base))
+    middle = f"{(planner.at(64).total + planner.at(100).total) / 2**21:.3f}MiB"
+
+    def packs(own, other):
+        monkeypatch.setattr(module, "gather_object", lambda values: [*values, bytes_of(other)])
+        return trainer_for(neox, tmp_path / "run", make_pairs(12), gpu_memory=own).args.max_tokens_per_pack
+
+    assert packs("2GiB", middle) == packs(middle, "2GiB") < packs("2GiB", "2GiB")
+    with pytest.raises(ConfigError, match="the least this data needs"):
+        packs("2GiB", "500MiB")

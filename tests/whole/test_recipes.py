@@ -54,7 +54,7 @@ def test_the_packs_of_the_readme_fit_by_the_plan_and_larger_ones_do_not(path):
     name = {"pythia": "Pythia 6.9B", "llama": "Llama 3 8B", "qwen2.5": "Qwen2.5 7B"}[path.stem.partition("-")[0]]
     row = re.search(rf"\| {name} \| ([\d,]+) \|", (FOLDER / "README.md").read_text())
     tokens = int(row[1].replace(",", ""))
-    planner = Planner(config, models.configuration(models.SHAPES[shape]), capability=(8, 9))
+    planner = Planner(config.workload(), models.configuration(models.SHAPES[shape]), capability=(8, 9))
     available = int(7.5 * 2**30)
     assert tokens >= 2 * config.max_length - 1  # room for one pair
     assert planner.at(tokens, available=available).fits

@@ -70,7 +70,9 @@ def test_a_second_evaluation_forgets_the_first(neox, tmp_path):
 
 
 def test_kto_counts_the_tokens_of_its_baseline(neox, tmp_path):
-    rows = [{"prompt": p["prompt"], "completion": p["chosen"], "label": True} for p in make_pairs(4)]
+    rows = [
+        {"prompt": p["prompt"], "completion": p["chosen"], "label": i % 2 == 0} for i, p in enumerate(make_pairs(4))
+    ]
     trainer = trainer_for(neox, tmp_path / "run", rows, method="kto")
     trainer.train()
     sizes = [(len(r["prompt"].split()), len(r["completion"].split()) + 1) for r in rows]
@@ -127,7 +129,7 @@ def test_what_the_model_is_is_written_down_and_not_what_was_asked_for(neox, tmp_
     assert (saved["load_in_4bit"], saved["dtype"]) == (False, "float32")
     assert "4-bit" not in (tmp_path / "run" / "README.md").read_text()
     report = merge(str(tmp_path / "run"), str(tmp_path / "merged"))
-    assert report.largest < 1e-4 and "4-bit" not in report.render()
+    assert report.folded.largest < 1e-4 and "4-bit" not in report.render()
     ids = torch.arange(3, 20)[None]
     with torch.no_grad():
         expected = trainer.model.eval()(input_ids=ids).logits
@@ -141,7 +143,7 @@ def test_merging_knows_how_the_base_was_quantised(neox, tmp_path):
     trainer = trainer_for(neox, tmp_path / "run", make_pairs(8), bnb_4bit_quant_type="fp4")
     trainer.train()
     trainer.save_model()
-    assert merge(str(tmp_path / "run"), str(tmp_path / "merged")).largest < 1e-4
+    assert merge(str(tmp_path / "run"), str(tmp_path / "merged")).folded.largest < 1e-4
     assert merge(str(tmp_path / "run"), str(tmp_path / "original"), base="original").mean > 0.05
 
 
@@ -175,7 +177,7 @@ def test_a_damaged_or_foreign_adapter(neox, tmp_path):
 
 
 def test_an_adapter_whose_values_did_not_arrive_is_found(neox, tmp_path, monkeypatch):
-    """Some versions of transformers and PEFT left a resumed policy at its first values, without a word."""
+    """Some versions of transformers and PEFT left a resumed policy silently at its first values."""
     from lorat.model import adapters
 
     trainer = trainer_for(neox, tmp_path / "run", make_pairs(8), save_strategy="steps", save_steps=1)

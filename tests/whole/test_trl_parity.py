@@ -64,6 +64,7 @@ def compare(loss, grads, trl_loss, trl_model) -> None:
         ("ipo", {"method": "ipo"}),
         ("robust", {"method": "dpo", "robust": True, "label_smoothing": 0.1}),
         ("sigmoid_norm", {"method": "dpo", "length_normalize": True}),
+        ("apo_zero", {"method": "apo_zero"}),
     ],
 )
 def test_pairs_have_the_gradient_that_trl_gives_them(request, arch, loss_type, settings, tmp_path):
@@ -92,8 +93,8 @@ def test_pairs_have_the_gradient_that_trl_gives_them(request, arch, loss_type, s
     rows = [{k: r[k] for k in ("row", "prompt_ids", "chosen_ids", "rejected_ids")} for r in rows]
     trl_loss = trl.compute_loss(trl.model, trl.data_collator(rows))
     trl_loss.backward()
+    method = settings["method"]
     settings = {k: v for k, v in settings.items() if k != "method"} | {"beta": 0.3}
-    method = "ipo" if loss_type == "ipo" else "dpo"
     loss, grads, trainer = ours(folder, tmp_path, method, rows, **settings)
     compare(loss, grads, trl_loss, trl.model)
     means = trainer.meters.averages.means()
