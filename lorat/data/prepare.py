@@ -2,14 +2,18 @@
 
 A row that cannot teach anything is dropped and reported with its number. What was tokenised before passes through
 untouched. Rows are tokenised in as many processes as asked, so that each gives its part of the account as columns
-beside its ids. Reading files is in `reading.py`, what rows mean in `formats.py` and `canonical.py`.
+beside its ids. What took long is kept (`cache.py`) by the cells, the tokenizer and the settings that it came from.
+Reading files is in `reading.py`, what rows mean in `formats.py` and `canonical.py`.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import uuid
 from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -20,7 +24,7 @@ from datasets import Dataset, Features
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import DataError
-from . import notes
+from . import cache, notes
 from .canonical import examples
 from .columns import AS_WRITTEN, RowSettings, shown
 from .formats import detect
@@ -30,6 +34,8 @@ from .report import ACCOUNT, DataReport, row_list
 from .templates import Template, no_template
 from .tokenised import PAIR, SINGLE, check_classes, pass_through
 from .tokenization import Tokens, as_row, check_tokenizer, encode, truncate, unfit
+
+LEAST = 2000  # rows from which on what was prepared is kept
 
 __all__ = ["PAIR", "SINGLE", "DataReport", "check_budget", "digest", "extent", "pack_sizes", "prepare"]
 
@@ -63,6 +69,43 @@ def prepare(
     dataset = dataset.with_format(None)
     if "prompt_ids" in dataset.column_names:
         return pass_through(dataset, tokenizer, method, name, weights)
+    settings: dict[str, Any] = {"method": method, "max_length": max_length, "max_prompt_length": max_prompt_length}
+    settings |= {"overlong": overlong, "rows": rows, "weights": tuple(weights)}
+    known = cache.tokenizer_content(tokenizer) if len(dataset) >= LEAST else None
+    if known is None:
+        return _prepared(dataset, tokenizer, name=name, num_proc=num_proc, **settings)
+    plain = settings | {"rows": asdict(rows)}
+    entry = cache.key("prepared", cache.content(dataset), known, plain)
+    if not (folder := cache.find(entry)):
+        result, report = _prepared(dataset, tokenizer, name=name, num_proc=num_proc, **settings)
+        folder = cache.keep(entry, lambda folder: _write(folder, result, report))
+    report = DataReport.from_json((folder / "report.json").read_text())
+    report.name = name
+    return Dataset.from_file(str(folder / "rows.arrow")), report
+
+
+def _write(folder: Path, result: Dataset, report: DataReport) -> None:
+    schema = result.features.arrow_schema
+    with pa.OSFile(str(folder / "rows.arrow"), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
+        for table in result.with_format("arrow").iter(10_000):
+            writer.write_table(table.cast(schema))
+    (folder / "report.json").write_text(json.dumps(asdict(report)))
+
+
+def _prepared(
+    dataset: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    method: str,
+    max_length: int | None,
+    max_prompt_length: int | None,
+    overlong: str,
+    name: str,
+    rows: RowSettings,
+    weights: tuple[float, float],
+    num_proc: int | None,
+) -> tuple[Dataset, DataReport]:
+    """`prepare` without the cache, for data that is not tokenised."""
     form = detect(dataset, method, rows)
     if form.chat and not tokenizer.chat_template:
         raise no_template(f"the data is conversational ({', '.join(form.reads)} give messages)")
