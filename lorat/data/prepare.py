@@ -50,7 +50,7 @@ def prepare(
     overlong: str = "truncate",
     name: str = "train",
     rows: RowSettings = AS_WRITTEN,
-    weights: tuple[float, float] = (1.0, 1.0),
+    weights: tuple[float, float] | None = (1.0, 1.0),
     num_proc: int | None = None,
 ) -> tuple[Dataset, DataReport]:
     """Raw preference data of any accepted layout -> tokenised examples (columns `PAIR` or `SINGLE`) and a report.
@@ -58,7 +58,7 @@ def prepare(
     Rows that teach nothing are dropped and reported. `overlong="truncate"` cuts to `max_length` (prompt + longest
     completion) and `max_prompt_length`; "drop" cuts nothing and drops what exceeds either. Method kto splits pairs:
     all chosen first, then all rejected. `rows` says how rows are read; `weights` (desirable, undesirable) are KTO's, for
-    the report alone. Data with a `prompt_ids` column passes through, whatever its lengths.
+    the report alone; without them its classes are not looked at. Data with a `prompt_ids` column passes through, whatever its lengths.
     `num_proc`: processes that tokenise; the result does not depend on it.
     Raises `DataError` when the layout is unknown, no row is left, every completion lost its EOS, tokenised data is
     broken, or one of KTO's classes has no completion.
@@ -70,18 +70,28 @@ def prepare(
     if "prompt_ids" in dataset.column_names:
         return pass_through(dataset, tokenizer, method, name, weights)
     settings: dict[str, Any] = {"method": method, "max_length": max_length, "max_prompt_length": max_prompt_length}
-    settings |= {"overlong": overlong, "rows": rows, "weights": tuple(weights)}
+    settings |= {"overlong": overlong, "rows": rows, "weights": weights}
     known = cache.tokenizer_content(tokenizer) if len(dataset) >= LEAST else None
     if known is None:
-        return _prepared(dataset, tokenizer, name=name, num_proc=num_proc, **settings)
+        return _named(dataset, tokenizer, name=name, num_proc=num_proc, **settings)
     plain = settings | {"rows": asdict(rows)}
     entry = cache.key("prepared", cache.content(dataset), known, plain)
     if not (folder := cache.find(entry)):
-        result, report = _prepared(dataset, tokenizer, name=name, num_proc=num_proc, **settings)
+        result, report = _named(dataset, tokenizer, name=name, num_proc=num_proc, **settings)
         folder = cache.keep(entry, lambda folder: _write(folder, result, report))
     report = DataReport.from_json((folder / "report.json").read_text())
     report.name = name
     return Dataset.from_file(str(folder / "rows.arrow")), report
+
+
+def _named(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, *, name: str, **settings: Any) -> tuple[Dataset, Any]:
+    """`_prepared`, whose refusals say which dataset they are about."""
+    try:
+        return _prepared(dataset, tokenizer, name=name, **settings)
+    except DataError as error:
+        if str(error).startswith(f"{name}:"):
+            raise
+        raise DataError(f"{name}: {error}") from error
 
 
 def _write(folder: Path, result: Dataset, report: DataReport) -> None:
@@ -102,7 +112,7 @@ def _prepared(
     overlong: str,
     name: str,
     rows: RowSettings,
-    weights: tuple[float, float],
+    weights: tuple[float, float] | None,
     num_proc: int | None,
 ) -> tuple[Dataset, DataReport]:
     """`prepare` without the cache, for data that is not tokenised."""
@@ -135,7 +145,7 @@ def _prepared(
     report.notes += notes.lines(said, form, bool(tokenizer.chat_template))
     if report.completions_cut == report.rows_kept * (len(columns) - 2 - ("label" in columns)):  # or nothing is kept
         raise DataError(_nothing_left(report, uncut))
-    if columns is SINGLE:
+    if columns is SINGLE and weights is not None:
         desirable = int(pc.sum(result.with_format("arrow")[:]["label"]).as_py() or 0)
         check_classes(report, (desirable, len(result) - desirable), weights)
     return result, report
