@@ -35,6 +35,7 @@ from .templates import Template, no_template
 from .tokenised import PAIR, SINGLE, check_classes, pass_through
 from .tokenization import Tokens, as_row, check_tokenizer, encode, truncate, unfit
 
+MAKER = "lorat tokenizer"
 LEAST = 2000  # rows from which on what was prepared is kept
 
 __all__ = ["PAIR", "SINGLE", "DataReport", "check_budget", "digest", "extent", "pack_sizes", "prepare"]
@@ -68,6 +69,7 @@ def prepare(
     check_tokenizer(tokenizer)
     dataset = dataset.with_format(None)
     if "prompt_ids" in dataset.column_names:
+        _check_maker(dataset, tokenizer, name)
         return pass_through(dataset, tokenizer, method, name, weights)
     settings: dict[str, Any] = {"method": method, "max_length": max_length, "max_prompt_length": max_prompt_length}
     settings |= {"overlong": overlong, "rows": rows, "weights": weights}
@@ -82,6 +84,26 @@ def prepare(
     report = DataReport.from_json((folder / "report.json").read_text())
     report.name = name
     return Dataset.from_file(str(folder / "rows.arrow")), report
+
+
+def made_with(dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+    """A tokenised dataset that keeps, with what is saved of it, which tokenizer its ids are of."""
+    dataset = dataset.select_columns(dataset.column_names)  # a copy: its notes are its own
+    dataset.info.description = json.dumps({MAKER: cache.tokenizer_content(tokenizer)})
+    return dataset
+
+
+def _check_maker(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """Raises `DataError` where `made_with` kept another tokenizer."""
+    try:
+        maker = json.loads(dataset.info.description)[MAKER]
+    except (ValueError, TypeError, KeyError):
+        return
+    if maker and maker != cache.tokenizer_content(tokenizer):
+        raise DataError(
+            f"{name}: the dataset was prepared with another tokenizer or chat template than this model's, so its ids mean "
+            "something else; prepare it again (lorat data --out), or train the model that it was prepared for."
+        )
 
 
 def _named(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, *, name: str, **settings: Any) -> tuple[Dataset, Any]:
@@ -234,6 +256,11 @@ def extent(datasets: list[Dataset]) -> tuple[int, int]:
         for name in sizes.keys() - {"prompt_ids"}:
             longest = max(longest, pc.max(pc.add(sizes["prompt_ids"], sizes[name])).as_py() or 0)
     return greatest, longest
+
+
+def totals(dataset: Dataset) -> np.ndarray:
+    """(n,) tokens of each example's prompt and longest completion."""
+    return pack_sizes(dataset, shared=False) // (len([c for c in dataset.column_names if c.endswith("_ids")]) - 1)
 
 
 def pack_sizes(dataset: Dataset, shared: bool) -> np.ndarray:
