@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from datasets import Dataset
 
 from ..errors import DataError, first_line
 from . import cache
-from .archives import READABLE, SUFFIXES, open_bytes, packing, suffix
+from .archives import READABLE, SUFFIXES, open_bytes, packing_of, suffix
 from .csv_rows import read_csv
 from .json_rows import read_json
 from .shapes import Row, as_dataset
@@ -141,9 +140,19 @@ def _read(files: list[File]) -> Dataset:
 
 
 def _rows(file: File) -> Iterator[tuple[int, Row]]:
-    if file.kind == "json":
-        return read_json(file.path, file.shown)
-    return read_csv(file.path, file.shown, SEPARATORS[file.kind])
+    """The rows of a JSON or CSV file with their sizes. Raises `DataError`; of a packed file, about its packing first."""
+    try:
+        if file.kind == "json":
+            yield from read_json(file.path, file.shown)
+        else:
+            yield from read_csv(file.path, file.shown, SEPARATORS[file.kind])
+    except DataError as error:
+        if "archive" in str(error) or not (packed := packing_of(file.path)):
+            raise
+        with open_bytes(file.path, file.shown) as stream:  # what is damaged may fail as text before it fails as archive
+            while stream.read(1 << 20):
+                pass
+        raise DataError(f"{error} (Or the {packed} archive is damaged: make it again.)") from None
 
 
 def _parquet(files: list[File]) -> Dataset:
@@ -151,10 +160,9 @@ def _parquet(files: list[File]) -> Dataset:
     with quiet(), tempfile.TemporaryDirectory(prefix="lorat-") as folder:
         paths, options = [], {}
         for number, file in enumerate(files):
-            with open_bytes(file.path, file.shown) as source, file.path.open("rb") as plain:
-                packed = packing(plain.read(16))
+            with open_bytes(file.path, file.shown) as source:
                 paths.append(str(file.path))
-                if packed:
+                if packing_of(file.path):
                     paths[-1] = str(Path(folder) / f"{number}.parquet")
                     options = {"cache_dir": folder, "keep_in_memory": True}
                     with open(paths[-1], "wb") as target:
@@ -269,7 +277,7 @@ def _diagnose(name: str, path: Path, split: str, config_name: str | None, local:
         return f"{where}; give {READABLE}, or a folder that holds them."
     for file in _data_files(path) if local else []:
         try:
-            for _ in chain(_rows(_file(file))) if SUFFIXES[suffix(file)] != "parquet" else ():
+            for _ in _rows(_file(file)) if SUFFIXES[suffix(file)] != "parquet" else ():
                 pass
             open_bytes(file).close()
         except DataError as fault:
