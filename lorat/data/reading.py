@@ -147,7 +147,8 @@ def _rows(file: File) -> Iterator[tuple[int, Row]]:
         else:
             yield from read_csv(file.path, file.shown, SEPARATORS[file.kind])
     except DataError as error:
-        if "archive" in str(error) or not (packed := packing_of(file.path)):
+        packed = packing_of(file.path)
+        if not packed or "correct or delete" not in str(error):
             raise
         with open_bytes(file.path, file.shown) as stream:  # what is damaged may fail as text before it fails as archive
             while stream.read(1 << 20):
