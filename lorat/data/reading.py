@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import glob
+import json
 import logging
 import re
 import shutil
@@ -213,8 +214,16 @@ def _no_split(name: str, split: str, known: list[str], error: Exception) -> str:
 
 
 def _repository(name: str, config_name: str | None, split: str, local: bool) -> Dataset:
-    """A folder or a hub repository, whose files `datasets` finds."""
-    builder = datasets.load_dataset_builder(name, config_name)
+    """A folder or a hub repository, whose files `datasets` finds; those of the hub once more without a network."""
+    known = cache.key("hub", name, config_name)
+    try:
+        builder = datasets.load_dataset_builder(name, config_name)
+    except Exception as error:
+        if local or not (found := _remembered(known)):
+            raise
+        log = logging.getLogger(__name__)
+        log.warning("%s: the hub was not reached (%s); taken as it was when it was", name, first_line(error))
+        return _split({key: partial(_read, files) for key, files in found.items()}, split, name)
     if (parts := _own(builder)) is None:
         result = datasets.load_dataset(name, config_name, split=split)
         if local:
@@ -226,7 +235,29 @@ def _repository(name: str, config_name: str | None, split: str, local: bool) -> 
         if unread and not config_name:
             names = ", ".join(str(p.relative_to(name)) for p in unread[:5])
             logging.getLogger(__name__).warning("%s: not read: %s%s", name, names, " …" * (len(unread) > 5))
+    else:
+        _remember(known, parts)
     return _split({key: partial(_read, files) for key, files in parts.items()}, split, name)
+
+
+def _remember(known: str, parts: Mapping[str, list[File]]) -> None:
+    """Keep where the files of a hub repository were put on this machine."""
+    text = json.dumps({key: [(str(f.path), f.shown, f.kind) for f in files] for key, files in parts.items()})
+    found = cache.find(known)
+    if found and (found / "files.json").read_text() != text:
+        shutil.rmtree(found)
+        found = None
+    if not found:
+        cache.keep(known, lambda folder: (folder / "files.json").write_text(text))
+
+
+def _remembered(known: str) -> dict[str, list[File]] | None:
+    """The files that were kept, where all of them are still there."""
+    if not (found := cache.find(known)):
+        return None
+    kept = json.loads((found / "files.json").read_text())
+    parts = {key: [File(Path(path), shown, kind) for path, shown, kind in files] for key, files in kept.items()}
+    return parts if all(file.path.is_file() for files in parts.values() for file in files) else None
 
 
 def _own(builder: Any) -> dict[str, list[File]] | None:

@@ -305,6 +305,36 @@ def test_json_of_the_hub_is_read_as_written_too(tmp_path, monkeypatch):
         load_preference_data("o/n")
 
 
+def test_a_dataset_of_the_hub_is_there_without_a_network(tmp_path, monkeypatch, caplog):
+    builder = SimpleNamespace(name="json", config=JsonConfig())
+    builder.config.data_files = {"train": ["hf://datasets/o/n@1/train.jsonl"]}
+    monkeypatch.setattr(datasets.DownloadManager, "download", lambda self, urls: [str(tmp_path / "blob") for _ in urls])
+
+    def hub(reached):
+        def found(*_):
+            if not reached:
+                raise ConnectionError("no route to the hub")
+            return builder
+
+        monkeypatch.setattr(datasets, "load_dataset_builder", found)
+
+    jsonl(tmp_path / "blob", PAIRS)
+    hub(False)
+    with pytest.raises(DataError, match="no route to the hub"):
+        load_preference_data("o/n")
+    for rows in (PAIRS, PAIRS[:3]):  # a later version takes the place of an earlier one
+        jsonl(tmp_path / "blob", rows)
+        hub(True)
+        assert list(load_preference_data("o/n")) == rows
+        hub(False)
+        assert list(load_preference_data("o/n")) == rows and "the hub was not reached" in caplog.text
+    with pytest.raises(DataError, match="no route to the hub"):
+        load_preference_data("o/n", "train", "another configuration")
+    (tmp_path / "blob").unlink()
+    with pytest.raises(DataError, match="no route to the hub"):
+        load_preference_data("o/n")
+
+
 def test_large_files_are_read_once_and_a_torn_copy_is_not_used(tmp_path, monkeypatch):
     monkeypatch.setattr(shapes, "HELD", 100)
     path = jsonl(tmp_path / "x.jsonl", PAIRS)
