@@ -6,7 +6,7 @@ reads it with `datasets.load_dataset` and runs `DPOTrainer._prepare_dataset`, no
 a new process with the same cache folder. Imports and the tokenizer's loading are not counted; what lorat does beyond
 TRL is (cutting to a length, accounting for every row). The tokenizer is that of `--tokenizer`.
 
-`python -m benchmarks.data.preparing --tokenizer FOLDER --out benchmarks/results/preparing-cpu.json`
+`python -m benchmarks.data.preparing --out benchmarks/results/preparing-cpu.json`
 """
 
 from __future__ import annotations
@@ -115,7 +115,8 @@ def measure(side: str, folder: Path, data: Path, options: argparse.Namespace) ->
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.data.preparing", description=__doc__.splitlines()[0])
-    parser.add_argument("--tokenizer", required=True, help="folder of a tokenizer")
+    shared = Path(os.environ.get("LORAT_DATA", Path(__file__).parents[2].parent / "shared" / "data"))
+    parser.add_argument("--tokenizer", default=str(shared / "pythia-tokenizer"), help="folder of a tokenizer")
     parser.add_argument("--rows", type=int, default=100_000)
     parser.add_argument("--processes", type=int, help="dataset_num_proc of both sides")
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
