@@ -49,6 +49,7 @@ CPU: dict[str, list[str]] = {
     "memory-load": ["benchmarks.step.memory", "--model", "pythia-6.9b", "--parts", "load"],  # 14 GB of disk for a while
     "sync": ["benchmarks.reference.sync", "--device", "cpu"],
     "blend-error": ["benchmarks.reference.blend_error"],
+    "preparing": ["benchmarks.data.preparing"],
 }
 
 

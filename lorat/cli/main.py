@@ -20,6 +20,7 @@ from .terminal import quieten, say_error
 
 COMMANDS = {  # the file's name: what it does, and how it is called
     "train": ("fine-tune on preference data", "--config run.yaml [--key value …]"),
+    "data": ("what a run would train on", "--config run.yaml [--rows 3] [--row 17] [--out DIR]"),
     "plan": ("will it fit, and with what settings", "--config run.yaml [--gpu-memory 12GiB]"),
     "demo": ("a small run, to look at", "[--out DIR]"),
     "merge": ("fold an adapter into its base", "RUN --out DIR [--base original|dequantized]"),

@@ -33,11 +33,11 @@ def run(options: argparse.Namespace) -> int:
     import torch
     from rich.console import Console
 
-    from ..data.reading import load_preference_data
+    from ..data.mixture import read_evaluation, read_training
     from ..runs import checkpoint as ck
     from ..train.trainer import TrustRegionTrainer
 
-    output_dir, dataset = Path(str(args.output_dir)), str(args.dataset_name)
+    output_dir = Path(str(args.output_dir))
     folder, _ = ck.resolve_resume(args.resume_from_checkpoint, output_dir)
     if not args.overwrite_output_dir:  # before anything slow
         ck.guard_output_dir(output_dir, folder is not None, overwrite=False)
@@ -45,14 +45,7 @@ def run(options: argparse.Namespace) -> int:
     console = Console(highlight=False, soft_wrap=True, markup=False, quiet=not first)
     say = console.print
     with args.main_process_first(desc="reading data"):
-        data = load_preference_data(dataset, args.dataset_split, args.dataset_config_name)
-        held_out = None
-        if args.eval_dataset_name or args.eval_dataset_split:
-            held_out = load_preference_data(
-                args.eval_dataset_name or dataset,
-                args.eval_dataset_split or "train",
-                None if args.eval_dataset_name else args.dataset_config_name,
-            )
+        data, held_out = read_training(vars(args)), read_evaluation(vars(args))
     trainer: TrustRegionTrainer | None = None
     try:
         with Console(stderr=True, quiet=not first).status(

@@ -54,6 +54,12 @@ def packing(head: bytes) -> str | None:
     return next((kind for magic, kind in MAGIC.items() if head.startswith(magic)), None)
 
 
+def packing_of(path: Path) -> str | None:
+    """What an existing file is packed in."""
+    with path.open("rb") as file:
+        return packing(file.read(16))
+
+
 def open_bytes(path: Path, shown: str | None = None) -> IO[bytes]:
     """A stream of what the file holds, unpacked. Raises `DataError`, here or while it is read.
 

@@ -59,7 +59,7 @@ def find(name: str) -> Path | None:
     return None
 
 
-def keep(name: str, write: Callable[[Path], None]) -> Path:
+def keep(name: str, write: Callable[[Path], Any]) -> Path:
     """Let `write(folder)` make the files of an entry; returns the folder that they are in then."""
     try:
         root().mkdir(parents=True, exist_ok=True)

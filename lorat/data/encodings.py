@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO
 
 from ..errors import DataError
-from .archives import looks_like_text, open_bytes, packing
+from .archives import looks_like_text, open_bytes, packing_of
 
 WIDE = {
     codecs.BOM_UTF32_LE: "UTF-32",
@@ -91,9 +91,7 @@ def _wide(head: bytes, path: Path, shown: str) -> str | None:
 def _iconv(path: Path, encoding: str) -> str:
     from shlex import quote
 
-    with path.open("rb") as file:
-        packed = packing(file.read(16))
-    if packed:
+    if packing_of(path):
         return f"unpack it, then iconv -f {encoding} -t UTF-8 FILE > NEW."
     new = path.with_name(f"{path.stem}-utf8{path.suffix}")
     return f"iconv -f {encoding} -t UTF-8 {quote(str(path))} > {quote(str(new))}"

@@ -14,7 +14,7 @@ from shlex import quote
 from typing import Any
 
 from ..errors import DataError
-from .archives import packing
+from .archives import packing_of
 from .encodings import encoding_fault, lines, open_text
 from .shapes import Row
 
@@ -236,8 +236,7 @@ def _no_rows(only: Row, path: Path, shown: str) -> str | None:
         what, take = f"one object with a key for each of {len(only)} rows", "list(d.values())"
     if not take:
         return None
-    with path.open("rb") as file:
-        packed = packing(file.read(16))
+    packed = packing_of(path)
     new = path.with_name(f"{path.name.split('.')[0]}-rows.json")
     if packed not in OPENERS:
         return f"{shown} holds {what}, and rows are needed: unpack it, and write its rows as JSONL, one object a line."

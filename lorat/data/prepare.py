@@ -2,14 +2,18 @@
 
 A row that cannot teach anything is dropped and reported with its number. What was tokenised before passes through
 untouched. Rows are tokenised in as many processes as asked, so that each gives its part of the account as columns
-beside its ids. Reading files is in `reading.py`, what rows mean in `formats.py` and `canonical.py`.
+beside its ids. What took long is kept (`cache.py`) by the cells, the tokenizer and the settings that it came from.
+Reading files is in `reading.py`, what rows mean in `formats.py` and `canonical.py`.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import uuid
 from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -20,7 +24,7 @@ from datasets import Dataset, Features
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import DataError
-from . import notes
+from . import cache, notes
 from .canonical import examples
 from .columns import AS_WRITTEN, RowSettings, shown
 from .formats import detect
@@ -30,6 +34,9 @@ from .report import ACCOUNT, DataReport, row_list
 from .templates import Template, no_template
 from .tokenised import PAIR, SINGLE, check_classes, pass_through
 from .tokenization import Tokens, as_row, check_tokenizer, encode, truncate, unfit
+
+MAKER = "lorat tokenizer"
+LEAST = 2000  # rows from which on what was prepared is kept
 
 __all__ = ["PAIR", "SINGLE", "DataReport", "check_budget", "digest", "extent", "pack_sizes", "prepare"]
 
@@ -44,7 +51,7 @@ def prepare(
     overlong: str = "truncate",
     name: str = "train",
     rows: RowSettings = AS_WRITTEN,
-    weights: tuple[float, float] = (1.0, 1.0),
+    weights: tuple[float, float] | None = (1.0, 1.0),
     num_proc: int | None = None,
 ) -> tuple[Dataset, DataReport]:
     """Raw preference data of any accepted layout -> tokenised examples (columns `PAIR` or `SINGLE`) and a report.
@@ -52,7 +59,7 @@ def prepare(
     Rows that teach nothing are dropped and reported. `overlong="truncate"` cuts to `max_length` (prompt + longest
     completion) and `max_prompt_length`; "drop" cuts nothing and drops what exceeds either. Method kto splits pairs:
     all chosen first, then all rejected. `rows` says how rows are read; `weights` (desirable, undesirable) are KTO's, for
-    the report alone. Data with a `prompt_ids` column passes through, whatever its lengths.
+    the report alone; without them its classes are not looked at. Data with a `prompt_ids` column passes through, whatever its lengths.
     `num_proc`: processes that tokenise; the result does not depend on it.
     Raises `DataError` when the layout is unknown, no row is left, every completion lost its EOS, tokenised data is
     broken, or one of KTO's classes has no completion.
@@ -62,7 +69,75 @@ def prepare(
     check_tokenizer(tokenizer)
     dataset = dataset.with_format(None)
     if "prompt_ids" in dataset.column_names:
+        _check_maker(dataset, tokenizer, name)
         return pass_through(dataset, tokenizer, method, name, weights)
+    settings: dict[str, Any] = {"method": method, "max_length": max_length, "max_prompt_length": max_prompt_length}
+    settings |= {"overlong": overlong, "rows": rows, "weights": weights}
+    known = cache.tokenizer_content(tokenizer) if len(dataset) >= LEAST else None
+    if known is None:
+        return _named(dataset, tokenizer, name=name, num_proc=num_proc, **settings)
+    plain = settings | {"rows": asdict(rows)}
+    entry = cache.key("prepared", cache.content(dataset), known, plain)
+    if not (folder := cache.find(entry)):
+        result, report = _named(dataset, tokenizer, name=name, num_proc=num_proc, **settings)
+        folder = cache.keep(entry, lambda folder: _write(folder, result, report))
+    report = DataReport.from_json((folder / "report.json").read_text())
+    report.name = name
+    return Dataset.from_file(str(folder / "rows.arrow")), report
+
+
+def made_with(dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+    """A tokenised dataset that keeps, with what is saved of it, which tokenizer its ids are of."""
+    dataset = dataset.select_columns(dataset.column_names)  # a copy: its notes are its own
+    dataset.info.description = json.dumps({MAKER: cache.tokenizer_content(tokenizer)})
+    return dataset
+
+
+def _check_maker(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """Raises `DataError` where `made_with` kept another tokenizer."""
+    try:
+        maker = json.loads(dataset.info.description)[MAKER]
+    except (ValueError, TypeError, KeyError):
+        return
+    if maker and maker != cache.tokenizer_content(tokenizer):
+        raise DataError(
+            f"{name}: the dataset was prepared with another tokenizer or chat template than this model's, so its ids mean "
+            "something else; prepare it again (lorat data --out), or train the model that it was prepared for."
+        )
+
+
+def _named(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, *, name: str, **settings: Any) -> tuple[Dataset, Any]:
+    """`_prepared`, whose refusals say which dataset they are about."""
+    try:
+        return _prepared(dataset, tokenizer, name=name, **settings)
+    except DataError as error:
+        if str(error).startswith(f"{name}:"):
+            raise
+        raise DataError(f"{name}: {error}") from error
+
+
+def _write(folder: Path, result: Dataset, report: DataReport) -> None:
+    schema = result.features.arrow_schema
+    with pa.OSFile(str(folder / "rows.arrow"), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
+        for table in result.with_format("arrow").iter(10_000):
+            writer.write_table(table.cast(schema))
+    (folder / "report.json").write_text(json.dumps(asdict(report)))
+
+
+def _prepared(
+    dataset: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    method: str,
+    max_length: int | None,
+    max_prompt_length: int | None,
+    overlong: str,
+    name: str,
+    rows: RowSettings,
+    weights: tuple[float, float] | None,
+    num_proc: int | None,
+) -> tuple[Dataset, DataReport]:
+    """`prepare` without the cache, for data that is not tokenised."""
     form = detect(dataset, method, rows)
     if form.chat and not tokenizer.chat_template:
         raise no_template(f"the data is conversational ({', '.join(form.reads)} give messages)")
@@ -92,7 +167,7 @@ def prepare(
     report.notes += notes.lines(said, form, bool(tokenizer.chat_template))
     if report.completions_cut == report.rows_kept * (len(columns) - 2 - ("label" in columns)):  # or nothing is kept
         raise DataError(_nothing_left(report, uncut))
-    if columns is SINGLE:
+    if columns is SINGLE and weights is not None:
         desirable = int(pc.sum(result.with_format("arrow")[:]["label"]).as_py() or 0)
         check_classes(report, (desirable, len(result) - desirable), weights)
     return result, report
@@ -181,6 +256,11 @@ def extent(datasets: list[Dataset]) -> tuple[int, int]:
         for name in sizes.keys() - {"prompt_ids"}:
             longest = max(longest, pc.max(pc.add(sizes["prompt_ids"], sizes[name])).as_py() or 0)
     return greatest, longest
+
+
+def totals(dataset: Dataset) -> np.ndarray:
+    """(n,) tokens of each example's prompt and longest completion."""
+    return pack_sizes(dataset, shared=False) // (len([c for c in dataset.column_names if c.endswith("_ids")]) - 1)
 
 
 def pack_sizes(dataset: Dataset, shared: bool) -> np.ndarray:

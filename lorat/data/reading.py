@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import glob
+import json
 import logging
 import re
 import shutil
@@ -17,7 +18,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from datasets import Dataset
 
 from ..errors import DataError, first_line
 from . import cache
-from .archives import READABLE, SUFFIXES, open_bytes, packing, suffix
+from .archives import READABLE, SUFFIXES, open_bytes, packing_of, suffix
 from .csv_rows import read_csv
 from .json_rows import read_json
 from .shapes import Row, as_dataset
@@ -141,9 +141,20 @@ def _read(files: list[File]) -> Dataset:
 
 
 def _rows(file: File) -> Iterator[tuple[int, Row]]:
-    if file.kind == "json":
-        return read_json(file.path, file.shown)
-    return read_csv(file.path, file.shown, SEPARATORS[file.kind])
+    """The rows of a JSON or CSV file with their sizes. Raises `DataError`; of a packed file, about its packing first."""
+    try:
+        if file.kind == "json":
+            yield from read_json(file.path, file.shown)
+        else:
+            yield from read_csv(file.path, file.shown, SEPARATORS[file.kind])
+    except DataError as error:
+        packed = packing_of(file.path)
+        if not packed or "correct or delete" not in str(error):
+            raise
+        with open_bytes(file.path, file.shown) as stream:  # what is damaged may fail as text before it fails as archive
+            while stream.read(1 << 20):
+                pass
+        raise DataError(f"{error} (Or the {packed} archive is damaged: make it again.)") from None
 
 
 def _parquet(files: list[File]) -> Dataset:
@@ -151,10 +162,9 @@ def _parquet(files: list[File]) -> Dataset:
     with quiet(), tempfile.TemporaryDirectory(prefix="lorat-") as folder:
         paths, options = [], {}
         for number, file in enumerate(files):
-            with open_bytes(file.path, file.shown) as source, file.path.open("rb") as plain:
-                packed = packing(plain.read(16))
+            with open_bytes(file.path, file.shown) as source:
                 paths.append(str(file.path))
-                if packed:
+                if packing_of(file.path):
                     paths[-1] = str(Path(folder) / f"{number}.parquet")
                     options = {"cache_dir": folder, "keep_in_memory": True}
                     with open(paths[-1], "wb") as target:
@@ -204,8 +214,16 @@ def _no_split(name: str, split: str, known: list[str], error: Exception) -> str:
 
 
 def _repository(name: str, config_name: str | None, split: str, local: bool) -> Dataset:
-    """A folder or a hub repository, whose files `datasets` finds."""
-    builder = datasets.load_dataset_builder(name, config_name)
+    """A folder or a hub repository, whose files `datasets` finds; those of the hub once more without a network."""
+    known = cache.key("hub", name, config_name)
+    try:
+        builder = datasets.load_dataset_builder(name, config_name)
+    except Exception as error:
+        if local or not (found := _remembered(known)):
+            raise
+        log = logging.getLogger(__name__)
+        log.warning("%s: the hub was not reached (%s); taken as it was when it was", name, first_line(error))
+        return _split({key: partial(_read, files) for key, files in found.items()}, split, name)
     if (parts := _own(builder)) is None:
         result = datasets.load_dataset(name, config_name, split=split)
         if local:
@@ -217,7 +235,29 @@ def _repository(name: str, config_name: str | None, split: str, local: bool) -> 
         if unread and not config_name:
             names = ", ".join(str(p.relative_to(name)) for p in unread[:5])
             logging.getLogger(__name__).warning("%s: not read: %s%s", name, names, " …" * (len(unread) > 5))
+    else:
+        _remember(known, parts)
     return _split({key: partial(_read, files) for key, files in parts.items()}, split, name)
+
+
+def _remember(known: str, parts: Mapping[str, list[File]]) -> None:
+    """Keep where the files of a hub repository were put on this machine."""
+    text = json.dumps({key: [(str(f.path), f.shown, f.kind) for f in files] for key, files in parts.items()})
+    found = cache.find(known)
+    if found and (found / "files.json").read_text() != text:
+        shutil.rmtree(found)
+        found = None
+    if not found:
+        cache.keep(known, lambda folder: (folder / "files.json").write_text(text))
+
+
+def _remembered(known: str) -> dict[str, list[File]] | None:
+    """The files that were kept, where all of them are still there."""
+    if not (found := cache.find(known)):
+        return None
+    kept = json.loads((found / "files.json").read_text())
+    parts = {key: [File(Path(path), shown, kind) for path, shown, kind in files] for key, files in kept.items()}
+    return parts if all(file.path.is_file() for files in parts.values() for file in files) else None
 
 
 def _own(builder: Any) -> dict[str, list[File]] | None:
@@ -269,7 +309,7 @@ def _diagnose(name: str, path: Path, split: str, config_name: str | None, local:
         return f"{where}; give {READABLE}, or a folder that holds them."
     for file in _data_files(path) if local else []:
         try:
-            for _ in chain(_rows(_file(file))) if SUFFIXES[suffix(file)] != "parquet" else ():
+            for _ in _rows(_file(file)) if SUFFIXES[suffix(file)] != "parquet" else ():
                 pass
             open_bytes(file).close()
         except DataError as fault:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import json
 import math
 from collections import Counter
 from dataclasses import dataclass, field
@@ -40,6 +41,14 @@ class DataReport:
     unread: tuple[str, ...] = ()
     roles: tuple[str, ...] = ()
     notes: list[str] = field(default_factory=list)
+
+    @classmethod
+    def from_json(cls, text: str) -> DataReport:
+        """The report that `json.dumps(asdict(report))` wrote down."""
+        report = cls(**json.loads(text))
+        report.lengths = {key: (a, b, c) for key, (a, b, c) in report.lengths.items()}
+        report.read, report.unread, report.roles = tuple(report.read), tuple(report.unread), tuple(report.roles)
+        return report
 
     def drop(self, reason: str, row: int) -> None:
         """Notes a dropped row, once per reason (the rows of a pair split for KTO are met twice)."""

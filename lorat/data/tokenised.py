@@ -29,7 +29,7 @@ def pass_through(
     tokenizer: PreTrainedTokenizerBase,
     method: str,
     name: str,
-    weights: tuple[float, float] = (1.0, 1.0),
+    weights: tuple[float, float] | None = (1.0, 1.0),
 ) -> tuple[Dataset, DataReport]:
     """Tokenised data in the columns of `PAIR` or `SINGLE`, and its report.
 
@@ -79,7 +79,7 @@ def pass_through(
     report.measure([tuple(map(int, row)) for row in np.concatenate(sizes)])
     report.longest = report.lengths["total"][-1]
     report.read, report.unread = tuple(needed), unread
-    if columns is SINGLE:
+    if columns is SINGLE and weights is not None:
         check_classes(report, said, weights)
     return dataset, report
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from ..data.mixture import parts_of
 from ..files import put
 from ..methods import METHODS
 from .versions import versions
@@ -55,7 +56,8 @@ def write_model_card(folder: Path, trainer: Any) -> None:
     method = METHODS[args.method].title
     start = f"adapter `{args.policy_adapter}`" if args.policy_adapter else "the base itself"
     start += f", reference from adapter `{args.ref_adapter}`" if args.ref_adapter else ""
-    data = args.dataset_name or "given in Python"
+    names = [f"`{part.name}`, split `{part.split}`" for part in parts_of(vars(args))]
+    data = "; ".join(names) or "given in Python"
     quantised = ", in 4-bit " + facts.quant_type.upper() if facts.four_bit else ""
     text = BODY.format(
         title=f"{Path(base).name} aligned by {'TR-' if rule.moves else ''}{method}",
@@ -67,7 +69,7 @@ def write_model_card(folder: Path, trainer: Any) -> None:
         sync={"frozen": "a frozen", "soft": "a softly moving", "hard": "a hard-updated", "adaptive": "an adaptive"}[
             args.sync
         ],
-        data=f"`{data}`, split `{args.dataset_split}`" if args.dataset_name else data,
+        data=data,
         beta=args.beta,
         reference=reference if rule.moves else "frozen at the start",
         steps=trainer.state.global_step,

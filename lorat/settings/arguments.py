@@ -60,7 +60,10 @@ def parse_config(argv: list[str], say: Callable[[str], None] | None = None) -> T
     missing = [
         f"{key} is not given; set it to {what}, in the file or with --{key}."
         for key, what in REQUIRED.items()
-        if not values.get(key) and key not in guesses and not (key in given and given[key].value)
+        if not values.get(key)
+        and not (key == "dataset_name" and values.get("datasets"))
+        and key not in guesses
+        and not (key in given and given[key].value)
     ]
     missing += _evaluation(values, given) if not problems else []
     if problems:

@@ -66,6 +66,8 @@ class TrustRegionConfig(TrainingArguments):
     dataset_split: str = _own("dataset_split")
     eval_dataset_name: str | None = _own("eval_dataset_name")
     eval_dataset_split: str | None = _own("eval_dataset_split")
+    datasets: list[str | dict[str, Any]] | None = _own("datasets")  # noqa: RUF009
+    dataset_num_proc: int | None = _own("dataset_num_proc")
     max_length: int | None = _own("max_length")
     max_prompt_length: int | None = _own("max_prompt_length")
     overlong: str = _own("overlong")

@@ -182,9 +182,13 @@ def _as(value: Any, kind: Any, or_text: bool = False) -> Any:
             if or_text and not value.startswith("[") and not _NAMES.fullmatch(value):
                 raise ValueError  # one name is text where text will do
             value = yaml.load(value, Loader) if value.startswith("[") else _split(value)
-        if not isinstance(value, list) or any(isinstance(v, list | dict) for v in value):
-            raise ValueError
         inner = (get_args(kind) or (str,))[0]
+        if dict in (mappings := get_args(inner)):  # a list of names and mappings
+            value = [yaml.load(v, Loader) if isinstance(v, str) and v.startswith("{") else v for v in value]
+        if not isinstance(value, list) or any(isinstance(v, list | dict) and type(v) not in mappings for v in value):
+            raise ValueError
+        if mappings:
+            return [v if isinstance(v, dict) else str(v) for v in value]
         return [_as(str(v), inner) for v in value]
     if base is dict:
         if isinstance(value, str) and value.startswith("{"):

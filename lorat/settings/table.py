@@ -64,13 +64,21 @@ _MODEL = {
     ),
 }
 _DATA = {
-    "dataset_name": Setting(None, str, "A hub id, a folder, or a JSON, JSONL, CSV, TSV or Parquet file (.gz too)."),
+    "dataset_name": Setting(
+        None, str, "A hub id, a folder, a JSON, JSONL, CSV, TSV or Parquet file (.gz … too), or a pattern of files."
+    ),
     "dataset_config_name": Setting(None, str, "Configuration (subset) of a hub dataset."),
     "dataset_split": Setting("train", str, "Split to train on; slices such as train[:1000] work."),
     "eval_dataset_name": Setting(
         None, str, "Dataset to evaluate on; dataset_name if only its split is given.", harmless=True
     ),
     "eval_dataset_split": Setting(None, str, "Split to evaluate on, e.g. test or train[90%:].", harmless=True),
+    "datasets": Setting(
+        None,
+        list[str | dict],
+        "More datasets: names, or mappings of name, split, config, weight, max_rows, columns (docs/data_files.md).",
+    ),
+    "dataset_num_proc": Setting(None, int, "Processes that tokenise the data. Unset: one.", harmless=True),
     "max_length": Setting(1024, int, "Longest prompt + completion in tokens (usual: 512 to 2048).", null=True),
     "max_prompt_length": Setting(
         None, int, "Longest prompt in tokens; its end is kept. Unset: shortened only where max_length asks for it."

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 def check_config(config: TrustRegionConfig) -> None:
     """Raise one `ConfigError` that names every contradiction in `config`; return None if there is none."""
     problems = [*_choices(config), *_method(config), *_reference(config), *_adapter(config), *_data(config)]
-    problems += [*_rows(config), *_run(config)]
+    problems += [*_rows(config), *_datasets(config), *_run(config)]
     if problems:
         head = "This configuration cannot work:" if len(problems) > 1 else "This setting cannot work:"
         raise ConfigError("\n".join([head, *(f"  - {p}" for p in problems)]))
@@ -167,6 +167,19 @@ def _rows(c: TrustRegionConfig):
     ]
     if wrong:
         yield f"columns has {', '.join(wrong)}, and maps a part of a row to a column's name; set e.g. prompt: question."
+
+
+def _datasets(c: TrustRegionConfig):
+    from ..data.mixture import Part
+
+    for entry in c.datasets or ():
+        try:
+            Part.of(entry)
+        except ConfigError as error:
+            yield str(error)
+    n = c.dataset_num_proc
+    if n is not None and (not _number(n) or n < 1 or n % 1):
+        yield f"dataset_num_proc={n} is no number of processes; set 1 or more, or remove it."
 
 
 def _column(role: Any, column: Any) -> bool:

@@ -25,7 +25,8 @@ from transformers import ProgressCallback as PlainProgressCallback
 from transformers.trainer_utils import rotate_checkpoints
 
 from ..data.columns import RowSettings
-from ..data.prepare import DataReport, check_budget, extent, pack_sizes, prepare
+from ..data.mixture import Mixture, prepare_all
+from ..data.prepare import DataReport, check_budget, extent, pack_sizes
 from ..data.tokenization import check_tokenizer
 from ..errors import CheckpointError, ConfigError
 from ..files import put_json
@@ -92,7 +93,7 @@ class TrustRegionTrainer(Trainer):
         self,
         model: str | PreTrainedModel | PeftModel | None = None,
         args: TrustRegionConfig | None = None,
-        train_dataset: Dataset | None = None,
+        train_dataset: Dataset | Mixture | None = None,
         eval_dataset: Dataset | dict[str, Dataset] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         peft_config: PeftConfig | None = None,
@@ -191,21 +192,26 @@ class TrustRegionTrainer(Trainer):
         # accelerate's own `remainder` is missing in the epoch that a resumed run goes on with
         return len(self.train_dataset) % (self.args.per_device_train_batch_size * self.args.world_size)
 
-    def _prepared(self, dataset: Dataset | None, tokenizer: Any, args: TrustRegionConfig, name: str) -> Dataset | None:
+    def _prepared(
+        self, dataset: Dataset | Mixture | None, tokenizer: Any, args: TrustRegionConfig, name: str
+    ) -> Dataset | None:
         if dataset is None:
             return None
-        dataset, report = prepare(
-            dataset,
-            tokenizer,
-            method=args.method,
-            max_length=args.max_length,
-            max_prompt_length=args.max_prompt_length,
-            overlong=args.overlong,
-            name=name,
-            rows=RowSettings.of(vars(args)),
-            weights=(args.desirable_weight, args.undesirable_weight),
-        )
-        self.reports.append(report)
+        with args.main_process_first(desc="preparing data"):  # the others find it in the cache
+            dataset, reports = prepare_all(
+                dataset,
+                tokenizer,
+                seed=args.seed,
+                num_proc=args.dataset_num_proc,
+                method=args.method,
+                max_length=args.max_length,
+                max_prompt_length=args.max_prompt_length,
+                overlong=args.overlong,
+                name=name,
+                rows=RowSettings.of(vars(args)),
+                weights=(args.desirable_weight, args.undesirable_weight),
+            )
+        self.reports += reports
         return dataset
 
     def _can_share(self, longest: int) -> bool:

@@ -142,6 +142,9 @@ def test_texts_are_plain_columns_and_written_ones_go_through_everything(tmp_path
     rows = [{"a": "x", "b": '"x"'}, {"a": "y", "b": 7}]
     data = load_preference_data(jsonl(tmp_path / "x.jsonl", rows))
     assert data.features["a"] == datasets.Value("string") and data.features["b"] == Written()
+    assert data.map(lambda row: {"c": repr(row["b"])}, remove_columns=["b"])["c"][:] == ["'\"x\"'", "7"]
+    assert list(datasets.concatenate_datasets([data.select([1, 0]), data])) == [*rows[::-1], *rows]
+    assert list(data.filter(lambda row: row["b"] == 7)) == rows[1:]
     data.save_to_disk(tmp_path / "saved")
     assert list(load_preference_data(str(tmp_path / "saved"))) == rows
 
@@ -299,6 +302,36 @@ def test_json_of_the_hub_is_read_as_written_too(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.DownloadManager, "download", lambda self, urls: [str(tmp_path / "blob") for _ in urls])
     assert list(load_preference_data("o/n", "test")) == rows
     with pytest.raises(DataError, match=r"no split 'train'.*\['test'\]"):
+        load_preference_data("o/n")
+
+
+def test_a_dataset_of_the_hub_is_there_without_a_network(tmp_path, monkeypatch, caplog):
+    builder = SimpleNamespace(name="json", config=JsonConfig())
+    builder.config.data_files = {"train": ["hf://datasets/o/n@1/train.jsonl"]}
+    monkeypatch.setattr(datasets.DownloadManager, "download", lambda self, urls: [str(tmp_path / "blob") for _ in urls])
+
+    def hub(reached):
+        def found(*_):
+            if not reached:
+                raise ConnectionError("no route to the hub")
+            return builder
+
+        monkeypatch.setattr(datasets, "load_dataset_builder", found)
+
+    jsonl(tmp_path / "blob", PAIRS)
+    hub(False)
+    with pytest.raises(DataError, match="no route to the hub"):
+        load_preference_data("o/n")
+    for rows in (PAIRS, PAIRS[:3]):  # a later version takes the place of an earlier one
+        jsonl(tmp_path / "blob", rows)
+        hub(True)
+        assert list(load_preference_data("o/n")) == rows
+        hub(False)
+        assert list(load_preference_data("o/n")) == rows and "the hub was not reached" in caplog.text
+    with pytest.raises(DataError, match="no route to the hub"):
+        load_preference_data("o/n", "train", "another configuration")
+    (tmp_path / "blob").unlink()
+    with pytest.raises(DataError, match="no route to the hub"):
         load_preference_data("o/n")
 
 

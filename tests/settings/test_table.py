@@ -126,7 +126,7 @@ weight_decay world_size""".split()
 
 
 # What runs did not record before: an older checkpoint says nothing of it.
-LATER = {"sft_weight", "columns", "dialogues", "rankings", "user_endings", "chat_template_kwargs"}
+LATER = {"datasets", "sft_weight", "columns", "dialogues", "rankings", "user_endings", "chat_template_kwargs"}
 
 
 def test_a_run_records_what_runs_recorded_before(tmp_path):
