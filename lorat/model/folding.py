@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import re
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -166,7 +167,9 @@ def untie_if_adapted_(model: PeftModel) -> None:
 def plain_(model: PeftModel) -> Any:
     """The base of a `model` whose layers are folded, without PEFT and bitsandbytes; raises `ModelError` where PEFT refuses."""
     try:
-        base: Any = model.merge_and_unload(safe_merge=True)
+        with warnings.catch_warnings():  # that the layers are folded already, and that head and embeddings differ now
+            warnings.simplefilter("ignore")
+            base: Any = model.merge_and_unload(safe_merge=True)
     except (ValueError, RuntimeError, NotImplementedError, TypeError) as error:
         raise ModelError(f"PEFT cannot merge this adapter ({first_line(error)}); serve it as an adapter.") from error
     for parent in list(base.modules()):
@@ -203,7 +206,13 @@ def stays_float32(model: nn.Module) -> Callable[[str], bool]:
 
 @torch.no_grad()
 def token_logprobs(model: nn.Module, ids: Tensor) -> Tensor:
-    """Log-probs of every next token of `ids` (n, t), (n, t - 1) float32."""
+    """Log-probs of every next token of `ids` (n, t), (n, t - 1) float32; `ModelError` where the model cannot be computed so."""
     model.eval()
-    logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
+    try:
+        logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise ModelError(
+            f"{type(model).__name__} cannot be computed with one layer after the other in float32 ({first_line(error)}), so "
+            "nothing was written; load the adapter with PEFT on its base instead of merging it."
+        ) from error
     return logits.log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]

@@ -8,7 +8,9 @@ import bitsandbytes as bnb
 import torch
 from torch import nn
 
-TEXT = "the big dog runs in a park . a small bird sings quickly on the tree or the house ? the cat sleeps and a bird runs"
+TEXT = (
+    "the big dog runs in a park . a small bird sings quickly on the tree or the house ? the cat sleeps and a bird runs"
+)
 
 
 @torch.no_grad()

@@ -22,7 +22,9 @@ from tests.helpers.worlds import SHARED as BESIDE
 from tests.helpers.worlds import make_pairs, make_tokenizer, trainer_for
 
 NATS = 1e-4
-EACH_TIME = "GPTNeoX Llama Qwen2 Gemma2 Gemma3Text Phi3 Mixtral Qwen3Moe GPT2 OPT DeepseekV3 Bloom Falcon Gemma3".split()
+EACH_TIME = (
+    "GPTNeoX Llama Qwen2 Gemma2 Gemma3Text Phi3 Mixtral Qwen3Moe GPT2 OPT DeepseekV3 Bloom Falcon Gemma3".split()
+)
 NAMES = [*SHARED, *SEPARATE, "Gemma3"]
 # PEFT adapts no out_proj and no conv1d of a model with Mamba layers
 SOME = {name: ["q_proj", "v_proj"] for name in ("Jamba", "FalconH1", "Lfm2")}
@@ -36,7 +38,9 @@ def gemma3() -> torch.nn.Module:
         **dict(layer_types=["sliding_attention", "full_attention"], query_pre_attn_scalar=16, initializer_range=0.15),
         **dict(pad_token_id=0, bos_token_id=1, eos_token_id=2),
     )
-    vision = dict(hidden_size=64, num_hidden_layers=1, num_attention_heads=4, intermediate_size=96, image_size=28, patch_size=14)
+    vision = dict(
+        hidden_size=64, num_hidden_layers=1, num_attention_heads=4, intermediate_size=96, image_size=28, patch_size=14
+    )
     special = dict(image_token_index=96, boi_token_index=95, eoi_token_index=94, mm_tokens_per_image=4)
     torch.manual_seed(0)
     config = Gemma3Config(text_config=text, vision_config=vision, **special)
