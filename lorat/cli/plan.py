@@ -32,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = DESCRIPTION
     parser.set_defaults(settings=[])
     parser.add_argument("--gpu-memory", "--gpu_memory", help="12GiB, say; auto: what this card has free")
+    parser.add_argument("--gpu", help="a card by name, such as 4090: its memory and what it computes in")
     parser.add_argument("--longest-example", type=int, help="tokens of the data's longest example; else of max_length")
     parser.add_argument("--cuda-context", default="500MiB", help="what CUDA takes for itself (assumed: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print one JSON document and nothing else")
@@ -39,18 +40,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Print the prediction; returns 0 if it fits (or nothing was asked to be fitted into), 1 if not."""
-    config, fixed = _config(options.settings)
     from ..plan.advice import advised
     from ..plan.blueprint import read_model_config
-    from ..plan.card import bytes_of
+    from ..plan.card import bytes_of, card_of
     from ..plan.memory import Planner
 
-    gpu_memory = options.gpu_memory or getattr(config, "gpu_memory", None)
-    available = bytes_of(gpu_memory) if gpu_memory else None
+    card = card_of(options.gpu) if options.gpu else None
+    config, fixed = _config(options.settings, card is None or card.bf16)
+    gpu_memory = options.gpu_memory or (None if card else config.gpu_memory)
+    available = bytes_of(gpu_memory) if gpu_memory else card.memory if card else None
     if available is None and torch.cuda.is_available():
         available = torch.cuda.get_device_properties(0).total_memory
     workload = config.workload()
-    planner = Planner(workload, read_model_config(workload.base), context=bytes_of(options.cuda_context))
+    capability = card.capability if card else None
+    planner = Planner(workload, read_model_config(workload.base), bytes_of(options.cuda_context), capability)
     others: list[Plan] = []
     if available is None or fixed:
         out = planner.at(config.max_tokens_per_pack, available=available)
@@ -66,8 +69,11 @@ def run(options: argparse.Namespace) -> int:
     return 0 if out.fits else 1
 
 
-def _config(argv: list[str]) -> tuple[TrustRegionConfig, bool]:
-    """The run's settings; those that a plan does not need may be missing. Also: whether packs of a size were asked for."""
+def _config(argv: list[str], bf16: bool) -> tuple[TrustRegionConfig, bool]:
+    """The run's settings; those that a plan does not need may be missing. Also: whether packs of a size were asked for.
+
+    `bf16`: whether the card that is planned for has it.
+    """
     from ..settings.arguments import REQUIRED, flags, parse_config
     from ..settings.sources import read_argv, read_yaml
 
@@ -80,7 +86,7 @@ def _config(argv: list[str]) -> tuple[TrustRegionConfig, bool]:
         argv = [*argv, "--use_cpu", "true"]  # else transformers refuses bf16 where no GPU is
     config = parse_config(argv)
     if not {"bf16", "fp16", "use_cpu"} & given.keys():
-        config.bf16 = True  # as on the GPU that is planned for
+        config.bf16 = bf16
     return config, "max_tokens_per_pack" in line
 
 
@@ -119,7 +125,7 @@ def show(plan: Plan, name: str, others: list[Plan], fixed: bool = False, console
 def verdict(plan: Plan, fixed: bool) -> list[str]:
     """What the numbers mean, in words."""
     if plan.available is None:
-        return ["--gpu-memory 12GiB finds the largest packs that fit a card."]
+        return ["--gpu-memory 12GiB, or --gpu 4090, finds the largest packs that fit a card."]
     if plan.fits and fixed:
         return ["It fits."]
     if plan.fits:

@@ -28,21 +28,27 @@ def say_error(text: str) -> None:
     print(f"{red}lorat: error:{plain} {text}", file=sys.stderr)
 
 
+QUIET = {
+    "TRANSFORMERS_VERBOSITY": "error",
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",  # transformers' bars too
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "DATASETS_VERBOSITY": "error",
+}
+
+
 def quieten() -> None:
-    """Keep the libraries' own bars and notices out of the way; what lorat has to say goes to stderr."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    """Keep the libraries' own bars and notices out of the way; what lorat has to say goes to stderr.
+
+    They read the environment when they are imported, so that none has to be imported for it; what a person set stays.
+    """
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
     logging.basicConfig(level=logging.WARNING, format="lorat: %(message)s", stream=sys.stderr)
     for name in ("bitsandbytes", "torch.distributed", "accelerate"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)  # meant for lorat's developers, who run the tests
     warnings.filterwarnings("ignore", message=".*pin_memory.*")
-    import datasets
-    from transformers.utils import logging as hf_logging
-
-    hf_logging.disable_progress_bar()
-    datasets.disable_progress_bars()
-    datasets.logging.set_verbosity_error()
 
 
 def out_of_memory(error: BaseException) -> str:

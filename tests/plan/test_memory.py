@@ -25,7 +25,7 @@ from lorat.packs.packing import share_prompts
 from lorat.plan import dry_pass
 from lorat.plan.advice import fit
 from lorat.plan.blueprint import draw
-from lorat.plan.card import bytes_of
+from lorat.plan.card import bytes_of, card_of
 from lorat.plan.dry_pass import DryPass, Ledger, LikeCuda
 from lorat.plan.memory import CONTEXT, STEP, Planner
 from lorat.plan.optimiser import optimiser_memory
@@ -411,6 +411,34 @@ def test_the_command_says_what_fits_and_exits_so(tmp_path, capsys):
     assert len(row) == 96 and row.endswith("·" * 80) and set(row) <= {*"WSEHNPRGOKLADBCFX·"}
     assert main([*given, "--gpu-memory", "12 horses"]) == 2
     assert "12GiB" in capsys.readouterr().err
+
+
+def test_a_card_by_name(tmp_path, capsys):
+    """Its memory, less what a process does not see; a T4 has no bf16 and no FlashAttention."""
+    assert card_of("RTX 4090") == card_of("4090") == card_of("geforce rtx 4090")
+    _, model = small(tmp_path)
+    model.save_pretrained(tmp_path / "model")
+    given = [
+        "plan",
+        "--model_name_or_path",
+        str(tmp_path / "model" / "config.json"),
+        "--max_tokens_per_pack",
+        "256",
+        "--json",
+    ]
+
+    def planned(*words):
+        assert main([*given, *words]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    found, old = planned("--gpu", "4090"), planned("--gpu", "T4")
+    assert found["available"] == int(0.98 * 24564 * 2**20) and old["available"] < 15110 * 2**20
+    item = {i["name"]: i["bytes"] for i in found["items"]}
+    wide = {i["name"]: i["bytes"] for i in old["items"]}
+    assert wide["head"] == 2 * item["head"]  # float32, as a run computes there
+    assert planned("--gpu", "T4", "--gpu-memory", "1GiB")["available"] == 2**30
+    assert main([*given, "--gpu", "9999"]) == 2
+    assert "4090" in capsys.readouterr().err
 
 
 def test_amounts_and_models_that_make_no_sense(tmp_path):

@@ -10,7 +10,7 @@ import types
 import pytest
 import torch
 
-from lorat.model.models import Head, Models
+from lorat.model.models import Models
 from lorat.model.probe import why_not
 from lorat.packs import attention
 from lorat.packs.attention import install, packed_attention
@@ -59,7 +59,7 @@ def test_the_probe_on_the_gpu(name):
     """bf16 under autocast: siblings bit for bit, and as close to float32 as separate rows are."""
     policy = adapted(make(name, SHARED[name])).to(GPU)
     autocast = lambda: torch.autocast("cuda", torch.bfloat16)  # noqa: E731
-    assert why_not(policy, Head.of(policy), GPU, 64, autocast) is None
+    assert why_not(Models(policy, autocast=autocast), GPU, 64) is None
     install(policy.get_base_model())
     groups = draw_groups()
     packs = [share_prompts(groups).to(GPU), pad_rows(groups, 0).to(GPU)]
