@@ -1,9 +1,9 @@
 """A quantised model under an adapter made a plain one, a layer at a time.
 
-The base is held in 4-bit and stays there: a decoder layer becomes float32 only for as long as it computes, in a copy that
+The base is held in 4-bit and stays there: a decoder layer becomes wide only for as long as it computes, in a copy that
 is dropped again, or for good when it is rounded to the type it is saved in. So the log-probs of the trained model, of the
-merged one and of the rounded one, all in float32, cost one layer of float32 beside the weights. What is outside the layers
-(embeddings, last norm, head) is float32 throughout. The products are PEFT's own `merge`, on the layers that bitsandbytes
+merged one and of the rounded one cost one wide layer beside the weights. What is outside the layers
+(embeddings, last norm, head) is wide throughout. The products are PEFT's own `merge`, on the layers that bitsandbytes
 dequantises; each of those is compared with bitsandbytes' own product when it is made.
 """
 
@@ -95,6 +95,14 @@ def dequantise_(modules: Iterable[nn.Module]) -> None:
         for tensor in (*parent.parameters(recurse=False), *parent.buffers(recurse=False)):
             if tensor.is_floating_point() and not isinstance(tensor, PACKED):
                 tensor.data = tensor.data.float()
+
+
+def widen_(modules: Iterable[nn.Module], dtype: torch.dtype) -> None:
+    """Hold what is plain and floating in a wider type, to compute in it."""
+    for module in list(modules):
+        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+            if tensor.is_floating_point() and not isinstance(tensor, PACKED):
+                tensor.data = tensor.data.to(dtype)
 
 
 def fold_(modules: Iterable[nn.Module]) -> None:
@@ -206,13 +214,16 @@ def stays_float32(model: nn.Module) -> Callable[[str], bool]:
 
 @torch.no_grad()
 def token_logprobs(model: nn.Module, ids: Tensor) -> Tensor:
-    """Log-probs of every next token of `ids` (n, t), (n, t - 1) float32; `ModelError` where the model cannot be computed so."""
+    """Log-probs of every next token of `ids` (n, t), (n, t - 1) float64; `ModelError` where the model cannot be computed so."""
     model.eval()
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    if hasattr(base, "set_experts_implementation"):
+        base.set_experts_implementation("eager")  # the grouped product of experts knows no float64
     try:
-        logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
+        logits = model(input_ids=ids, use_cache=False).logits[:, :-1].double()
     except (RuntimeError, TypeError, ValueError) as error:
         raise ModelError(
-            f"{type(model).__name__} cannot be computed with one layer after the other in float32 ({first_line(error)}), so "
+            f"{type(model).__name__} cannot be computed with one layer after the other made plain ({first_line(error)}), so "
             "nothing was written; load the adapter with PEFT on its base instead of merging it."
         ) from error
     return logits.log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]

@@ -98,7 +98,7 @@ An ordinary model: neither PEFT nor bitsandbytes is needed.
 | merged in float32, against {against} | {folded} |
 | this folder, against that | {saved} |
 | what rounding to {dtype} alone gives | {rounding} |
-{changed}| measured on | {tokens} tokens of text and of random tokens, in float32 |
+{changed}| measured on | {tokens} tokens of text |
 | versions | {versions} |
 
 ## Load it

@@ -78,7 +78,7 @@ class MergeReport:
     def render(self) -> str:
         lines = [
             f"Merged into {self.where}, saved in {self.dtype}: {self.out}",
-            f"Read back and measured on {self.tokens} tokens of sample text. Merged in float32, against "
+            f"Read back and measured on {self.tokens} tokens of text. Merged in float32, against "
             f"{'the adapter on the original weights' if self.base == 'original' else 'the trained model'}: {self.folded}.",
             f"The folder against that: {self.saved} (rounding to {self.dtype} alone: {self.rounding.largest:.2g} at most).",
         ]
@@ -144,12 +144,12 @@ def _merge(
     quantised = any(folding.is_packed(m) for m in model.modules())
     as_trained = None
     if base == "original" and (quantised or trained.dtype != known):
-        as_trained = _measured(model, ids)
+        as_trained = _measured(model, ids, dtype=torch.float64)
         del model
         gc.collect()
         model = _with_adapter(replace(trained, four_bit=False, quantize_embeddings=None, dtype=known), folder)
-    expected = _measured(model, ids)
-    folded = _measured(model, ids, fold=True)
+    expected = _measured(model, ids, dtype=torch.float64)
+    folded = _measured(model, ids, fold=True, dtype=torch.float64)
     plain = _rounded_(model, kind)
     del model
     rounded = _measured(plain, ids)
@@ -249,16 +249,21 @@ def _with_adapter(base: Base, folder: Path) -> PeftModel:
 
 
 def _sample(tokenizer: Any, model: Any) -> Tensor:
-    """What is measured on, (2, t): the sentences as the model's own tokenizer reads them, and as many random tokens."""
+    """What is measured on, (1, t) or (2, t): the sentences as the model's own tokenizer reads them.
+
+    Where it knows few of their words, a row of random tokens is measured beside them.
+    """
     table = model.get_base_model().get_input_embeddings()
     rows = getattr(table, "num_embeddings", None) or table.weight.shape[0]
-    longest = min(96, getattr(model.config.get_text_config(), "max_position_embeddings", None) or 96)
+    longest = min(128, getattr(model.config.get_text_config(), "max_position_embeddings", None) or 128)
     text = [token for sentence in SENTENCES for token in tokenizer(sentence)["input_ids"]][:longest]
     if text and max(text) >= rows:
         raise ModelError(
             f"the tokenizer gives token {max(text)}, and the base has rows for {rows}: they do not belong together. Name the "
             "base that was trained on with --base-model."
         )
+    if len({*text}) >= 16:
+        return torch.tensor([text])
     draw = torch.Generator().manual_seed(0)
     noise = torch.randint(min(rows, max(len(tokenizer), 2)), (2, max(len(text), min(32, longest))), generator=draw)
     if text:
@@ -266,19 +271,25 @@ def _sample(tokenizer: Any, model: Any) -> Tensor:
     return noise
 
 
-def _measured(model: Any, ids: Tensor, fold: bool = False) -> Tensor:
-    """Log-probs of `ids` in float32, (2, t - 1); what is outside the layers is left in float32, folded if asked."""
+def _measured(model: Any, ids: Tensor, fold: bool = False, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Log-probs of `ids` computed in `dtype`, (n, t - 1) float64; what is outside the layers is left in it, folded if asked.
+
+    The adapter is added in float32 whatever `dtype` is. In float64 the two sides of (a) differ by that rounding alone; in
+    float32 their own noise, on text that a large model finds unlikely, comes near what is allowed.
+    """
     layers = folding.decoder_layers(model)
     rest = [m for _, m in folding.outside(model, layers.values())]
     folding.dequantise_(rest)
     if fold:
         folding.untie_if_adapted_(model)
         folding.fold_(rest)
+    folding.widen_(rest, dtype)
 
     def prepare(layer: torch.nn.Module) -> None:
         folding.dequantise_(layer.modules())
         if fold:
             folding.fold_(layer.modules())
+        folding.widen_(layer.modules(), dtype)
 
     with folding.each_layer(layers.values(), prepare):
         return folding.token_logprobs(model, ids)
