@@ -296,9 +296,13 @@ def _measured(model: Any, ids: Tensor, fold: bool = False, dtype: torch.dtype = 
 
 
 def _rounded_(model: PeftModel, kind: torch.dtype) -> Any:
-    """The plain model in `kind`: its layers folded in float32 and rounded one after the other, then all that is left."""
+    """The plain model in `kind`: its layers folded in float32 and rounded one after the other.
+
+    What is outside the layers has been folded by `_measured`.
+    """
     kept = folding.stays_float32(model.get_base_model())
     layers = folding.decoder_layers(model)
+    folding.round_(folding.outside(model, layers.values()), kind, kept)  # folded already, and wide
     for name, layer in layers.items():
         folding.dequantise_(layer.modules())
         folding.fold_(layer.modules())
