@@ -28,6 +28,7 @@ EACH_TIME = (
 NAMES = [*SHARED, *SEPARATE, "Gemma3"]
 # PEFT adapts no out_proj and no conv1d of a model with Mamba layers
 SOME = {name: ["q_proj", "v_proj"] for name in ("Jamba", "FalconH1", "Lfm2")}
+SOME["Gemma3"] = ["o_proj", "gate_proj", "up_proj", "down_proj"]  # names that its vision tower does not have
 
 
 def gemma3() -> torch.nn.Module:
