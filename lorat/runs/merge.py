@@ -278,8 +278,8 @@ def _measured(model: Any, ids: Tensor, fold: bool = False, dtype: torch.dtype = 
     float32 their own noise, on text that a large model finds unlikely, comes near what is allowed.
     """
     layers = folding.decoder_layers(model)
-    rest = [m for _, m in folding.outside(model, layers.values())]
-    folding.dequantise_(rest)
+    folding.dequantise_(m for _, m in folding.outside(model, layers.values()))
+    rest = [m for _, m in folding.outside(model, layers.values())]  # with the plain ones that stand there now
     if fold:
         folding.untie_if_adapted_(model)
         folding.fold_(rest)

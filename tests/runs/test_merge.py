@@ -93,6 +93,7 @@ VARIANTS = {
     "plain, GPT-2": ("GPT2", {}, dict(load_in_4bit=False)),
     "FP4, quantised once": ("Llama", {}, dict(bnb_4bit_quant_type="fp4", bnb_4bit_use_double_quant=False)),
     "8-bit embeddings": ("Llama", {}, dict(quantize_embeddings="8bit")),
+    "8-bit embeddings, GPT-NeoX": ("GPTNeoX", {}, dict(quantize_embeddings="8bit")),
     "4-bit embeddings": ("Llama", {}, dict(quantize_embeddings="4bit")),
     "DoRA": ("Llama", {}, dict(use_dora=True)),
     "DoRA, GPT-2": ("GPT2", {}, dict(use_dora=True)),

@@ -15,6 +15,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, Gemma3Config
 
+from lorat.errors import ModelError
 from lorat.runs.merge import merge
 from tests.helpers.architectures import SEPARATE, SHARED, make
 from tests.helpers.saved import TEXT, exact, largest_gap, text_logprobs
@@ -90,6 +91,25 @@ def test_train_save_reload_merge_reload(name, tmp_path):
     assert not any(type(m).__module__.startswith(("bitsandbytes", "peft")) for m in plain.modules())
     before, after = (json.loads((Path(f) / "config.json").read_text()) for f in (base, merged))
     assert before == after
+
+
+@pytest.mark.whole
+@pytest.mark.parametrize("form", [dict(load_in_4bit=False), dict(quantize_embeddings="8bit")], ids=["plain", "8bit"])
+@pytest.mark.parametrize("name", NAMES)
+def test_other_forms_of_the_base(name, form, tmp_path):
+    """Unquantised, and with the embeddings in 8 bits; where these save nothing or do more, they are refused in words."""
+    base = save_base(name, tmp_path / "base")
+    settings = form | ({"lora_target_modules": SOME[name]} if name in SOME else {})
+    try:
+        trainer = trainer_for(base, tmp_path / "run", make_pairs(4), max_steps=1, **settings)
+    except ModelError as error:
+        assert "quantize_embeddings=8bit: " in str(error) and "leave it out" in str(error)
+        return
+    trainer.train()
+    trainer.save_model()
+    merge(str(tmp_path / "run"), str(tmp_path / "merged"))
+    got = text_logprobs(exact(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")), make_tokenizer())
+    assert largest_gap(got, text_logprobs(exact(trainer.model), make_tokenizer())) < NATS
 
 
 # ---- a real model
