@@ -12,7 +12,14 @@ demo:
 
 test:
 	@scripts/setup-venv.sh test
-	@OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -n 2 --dist loadfile
+	@OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -n 2 --dist loadfile -m "not whole"
+
+# make test-whole  what make test leaves out: every architecture from training to the merged model, and a real model where
+#                  LORAT_SMOLLM2 names the folder of SmolLM2-135M-Instruct
+.PHONY: test-whole
+test-whole:
+	@scripts/setup-venv.sh test
+	@OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -n 2 --dist load -m whole
 
 lint:
 	@scripts/setup-venv.sh dev

@@ -248,15 +248,6 @@ def quantize_embeddings_(model: Any, kind: str) -> None:
     model.set_input_embeddings(made)
 
 
-@torch.no_grad()
-def plain_embeddings_(model: Any) -> None:
-    """Undo `quantize_embeddings_`, up to the rounding: an ordinary table of the rows as they are looked up."""
-    table = model.get_input_embeddings()
-    if type(table) is not nn.Embedding and hasattr(table, "num_embeddings"):
-        rows = table(torch.arange(table.num_embeddings, device=table.weight.device))
-        model.set_input_embeddings(nn.Embedding.from_pretrained(rows, freeze=True))
-
-
 def keep_trainable_on_cpu_(model: nn.Module) -> None:
     """Stop bitsandbytes from repacking 4-bit weights on the CPU at the first forward in eval mode.
 

@@ -1,9 +1,9 @@
 """A quantised model under an adapter made a plain one, a layer at a time.
 
-The base is held in 4-bit and stays there: a decoder layer becomes float32 only for as long as it computes, in a copy that
+The base is held in 4-bit and stays there: a decoder layer becomes wide only for as long as it computes, in a copy that
 is dropped again, or for good when it is rounded to the type it is saved in. So the log-probs of the trained model, of the
-merged one and of the rounded one, all in float32, cost one layer of float32 beside the weights. What is outside the layers
-(embeddings, last norm, head) is float32 throughout. The products are PEFT's own `merge`, on the layers that bitsandbytes
+merged one and of the rounded one cost one wide layer beside the weights. What is outside the layers
+(embeddings, last norm, head) is wide throughout. The products are PEFT's own `merge`, on the layers that bitsandbytes
 dequantises; each of those is compared with bitsandbytes' own product when it is made.
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import re
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -97,6 +98,14 @@ def dequantise_(modules: Iterable[nn.Module]) -> None:
                 tensor.data = tensor.data.float()
 
 
+def widen_(modules: Iterable[nn.Module], dtype: torch.dtype) -> None:
+    """Hold what is plain and floating in a wider type, to compute in it."""
+    for module in list(modules):
+        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+            if tensor.is_floating_point() and not isinstance(tensor, PACKED):
+                tensor.data = tensor.data.to(dtype)
+
+
 def fold_(modules: Iterable[nn.Module]) -> None:
     """Add the active adapter to the layers under it, by PEFT's arithmetic; they must be plain by now."""
     for module in list(modules):
@@ -167,7 +176,9 @@ def untie_if_adapted_(model: PeftModel) -> None:
 def plain_(model: PeftModel) -> Any:
     """The base of a `model` whose layers are folded, without PEFT and bitsandbytes; raises `ModelError` where PEFT refuses."""
     try:
-        base: Any = model.merge_and_unload(safe_merge=True)
+        with warnings.catch_warnings():  # that the layers are folded already, and that head and embeddings differ now
+            warnings.simplefilter("ignore")
+            base: Any = model.merge_and_unload(safe_merge=True)
     except (ValueError, RuntimeError, NotImplementedError, TypeError) as error:
         raise ModelError(f"PEFT cannot merge this adapter ({first_line(error)}); serve it as an adapter.") from error
     for parent in list(base.modules()):
@@ -204,7 +215,16 @@ def stays_float32(model: nn.Module) -> Callable[[str], bool]:
 
 @torch.no_grad()
 def token_logprobs(model: nn.Module, ids: Tensor) -> Tensor:
-    """Log-probs of every next token of `ids` (n, t), (n, t - 1) float32."""
+    """Log-probs of every next token of `ids` (n, t), (n, t - 1) float64; `ModelError` where the model cannot be computed so."""
     model.eval()
-    logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    if hasattr(base, "set_experts_implementation"):
+        base.set_experts_implementation("eager")  # the grouped product of experts knows no float64
+    try:
+        logits = model(input_ids=ids, use_cache=False).logits[:, :-1].double()
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise ModelError(
+            f"{type(model).__name__} cannot be computed with one layer after the other made plain ({first_line(error)}), so "
+            "nothing was written; load the adapter with PEFT on its base instead of merging it."
+        ) from error
     return logprobs_of(logits, ids[:, 1:])

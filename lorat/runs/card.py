@@ -89,8 +89,8 @@ def write_model_card(folder: Path, trainer: Any) -> None:
 MERGED = """\
 # {title}
 
-An adapter trained with [lorat](https://arxiv.org/abs/2404.09656), merged into {where} of `{base}` and saved in {dtype}.
-An ordinary model: neither PEFT nor bitsandbytes is needed.
+An adapter trained with [lorat](https://arxiv.org/abs/2404.09656), merged into `{base}` ({where}) and saved in
+{dtype}. An ordinary model: neither PEFT nor bitsandbytes is needed.
 
 | | |
 |---|---|
@@ -100,7 +100,7 @@ An ordinary model: neither PEFT nor bitsandbytes is needed.
 | merged in float32, against {against} | {folded} |
 | this folder, against that | {saved} |
 | what rounding to {dtype} alone gives | {rounding} |
-{changed}| measured on | {tokens} tokens of text and of random tokens, in float32 |
+{changed}| measured on | {tokens} tokens of text |
 | versions | {versions} |
 
 ## Load it
@@ -122,7 +122,7 @@ def write_merged_card(folder: Path, adapter: Path, report: Any) -> None:
         body = ModelCard((adapter / "README.md").read_text(), ignore_metadata_errors=True).text
         table = [line for line in body.splitlines() if line.startswith("|")]
         if table:
-            made = "\n## The adapter\n\n" + "\n".join(table) + "\n"
+            made = "\n## The adapter\n\n" + "\n".join(table).replace(report.name, base) + "\n"
     original = report.base == "original"
     text = MERGED.format(
         title=report.out.name,

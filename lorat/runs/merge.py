@@ -13,11 +13,6 @@ is the model in the type it is saved in, the embeddings and a layer in float32, 
 from __future__ import annotations
 
 import gc
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,29 +20,17 @@ from typing import Any
 import torch
 from peft import PeftConfig, PeftModel
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import cached_file
 
 from ..errors import CheckpointError, ConfigError, ModelError, first_line
 from ..model import folding
 from ..model.adapters import adapter_folder
-from ..model.base import Base, load_base, load_tokenizer, read_model_config, reading_in_turn
+from ..model.base import Base, load_base, load_tokenizer, read_model_config
 from . import checkpoint as ck
 from .card import write_merged_card
+from .merged import SENTENCES, publish, read_back, save, staging, unsaved_buffers
 
-SENTENCES = (
-    "The river runs past the old mill and turns south below the bridge.",
-    "Human: What should I pack for a week in the mountains?\n\nAssistant: Warm layers, a good map, and water.",
-    "def area(radius):\n    return 3.14159 * radius ** 2",
-)
 EXACT = 1e-4  # nats a token: what float32 arithmetic in another order may change
-SHARD = "2GB"
-BESIDE = (
-    "generation_config.json",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "video_preprocessor_config.json",
-)
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 
 
@@ -94,7 +77,7 @@ class MergeReport:
     def render(self) -> str:
         lines = [
             f"Merged into {self.where}, saved in {self.dtype}: {self.out}",
-            f"Read back and measured on {self.tokens} tokens of sample text. Merged in float32, against "
+            f"Read back and measured on {self.tokens} tokens of text. Merged in float32, against "
             f"{'the adapter on the original weights' if self.base == 'original' else 'the trained model'}: {self.folded}.",
             f"The folder against that: {self.saved} (rounding to {self.dtype} alone: {self.rounding.largest:.2g} at most).",
         ]
@@ -137,10 +120,10 @@ def merge(
     kind = known if dtype == "auto" else getattr(torch, dtype)
     with_tokenizer = (folder / "tokenizer_config.json").exists()
     tokenizer = load_tokenizer(replace(trained, tokenizer=str(folder) if with_tokenizer else None))
-    with _staging(target) as staged:
+    with staging(target) as staged:
         report = _merge(folder, staged, target, trained, base, tokenizer, known, kind)
         write_merged_card(staged, folder, report)
-        _publish(staged, target)
+        publish(staged, target)
     return report
 
 
@@ -160,20 +143,20 @@ def _merge(
     quantised = any(folding.is_packed(m) for m in model.modules())
     as_trained = None
     if base == "original" and (quantised or trained.dtype != known):
-        as_trained = _measured(model, ids)
+        as_trained = _measured(model, ids, dtype=torch.float64)
         del model
         gc.collect()
         model = _with_adapter(replace(trained, four_bit=False, quantize_embeddings=None, dtype=known), folder)
-    expected = _measured(model, ids)
-    folded = _measured(model, ids, fold=True)
+    expected = _measured(model, ids, dtype=torch.float64)
+    folded = _measured(model, ids, fold=True, dtype=torch.float64)
     plain = _rounded_(model, kind)
     del model
     rounded = _measured(plain, ids)
-    _save(plain, staged, trained, tokenizer, kind)
-    buffers = {n: b.clone() for n, b in _unsaved_buffers(plain)}
+    save(plain, staged, trained, tokenizer, kind)
+    buffers = {n: b.clone() for n, b in unsaved_buffers(plain)}
     del plain
     gc.collect()
-    got = _read_back(staged, trained, tokenizer, kind, ids, buffers)
+    got = _measured(read_back(staged, trained, tokenizer, kind, buffers), ids)
     report = MergeReport(
         out=target,
         base=base if quantised or as_trained is not None else "plain",
@@ -257,16 +240,21 @@ def _with_adapter(base: Base, folder: Path) -> PeftModel:
 
 
 def _sample(tokenizer: Any, model: Any) -> Tensor:
-    """What is measured on, (2, t): the sentences as the model's own tokenizer reads them, and as many random tokens."""
+    """What is measured on, (1, t) or (2, t): the sentences as the model's own tokenizer reads them.
+
+    Where it knows few of their words, a row of random tokens is measured beside them.
+    """
     table = model.get_base_model().get_input_embeddings()
     rows = getattr(table, "num_embeddings", None) or table.weight.shape[0]
-    longest = min(96, getattr(model.config.get_text_config(), "max_position_embeddings", None) or 96)
+    longest = min(128, getattr(model.config.get_text_config(), "max_position_embeddings", None) or 128)
     text = [token for sentence in SENTENCES for token in tokenizer(sentence)["input_ids"]][:longest]
     if text and max(text) >= rows:
         raise ModelError(
             f"the tokenizer gives token {max(text)}, and the base has rows for {rows}: they do not belong together. Name the "
             "base that was trained on with --base-model."
         )
+    if len({*text}) >= 16:
+        return torch.tensor([text])
     draw = torch.Generator().manual_seed(0)
     noise = torch.randint(min(rows, max(len(tokenizer), 2)), (2, max(len(text), min(32, longest))), generator=draw)
     if text:
@@ -274,28 +262,38 @@ def _sample(tokenizer: Any, model: Any) -> Tensor:
     return noise
 
 
-def _measured(model: Any, ids: Tensor, fold: bool = False) -> Tensor:
-    """Log-probs of `ids` in float32, (2, t - 1); what is outside the layers is left in float32, folded if asked."""
+def _measured(model: Any, ids: Tensor, fold: bool = False, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Log-probs of `ids` computed in `dtype`, (n, t - 1) float64; what is outside the layers is left in it, folded if asked.
+
+    The adapter is added in float32 whatever `dtype` is. In float64 the two sides of (a) differ by that rounding alone; in
+    float32 their own noise, on text that a large model finds unlikely, comes near what is allowed.
+    """
     layers = folding.decoder_layers(model)
-    rest = [m for _, m in folding.outside(model, layers.values())]
-    folding.dequantise_(rest)
+    folding.dequantise_(m for _, m in folding.outside(model, layers.values()))
+    rest = [m for _, m in folding.outside(model, layers.values())]  # with the plain ones that stand there now
     if fold:
         folding.untie_if_adapted_(model)
         folding.fold_(rest)
+    folding.widen_(rest, dtype)
 
     def prepare(layer: torch.nn.Module) -> None:
         folding.dequantise_(layer.modules())
         if fold:
             folding.fold_(layer.modules())
+        folding.widen_(layer.modules(), dtype)
 
     with folding.each_layer(layers.values(), prepare):
         return folding.token_logprobs(model, ids)
 
 
 def _rounded_(model: PeftModel, kind: torch.dtype) -> Any:
-    """The plain model in `kind`: its layers folded in float32 and rounded one after the other, then all that is left."""
+    """The plain model in `kind`: its layers folded in float32 and rounded one after the other.
+
+    What is outside the layers has been folded by `_measured`.
+    """
     kept = folding.stays_float32(model.get_base_model())
     layers = folding.decoder_layers(model)
+    folding.round_(folding.outside(model, layers.values()), kind, kept)  # folded already, and wide
     for name, layer in layers.items():
         folding.dequantise_(layer.modules())
         folding.fold_(layer.modules())
@@ -303,103 +301,3 @@ def _rounded_(model: PeftModel, kind: torch.dtype) -> Any:
     plain = folding.plain_(model)
     folding.round_(plain.named_modules(), kind, kept)
     return plain
-
-
-def _save(plain: Any, staged: Path, trained: Base, tokenizer: Any, kind: torch.dtype) -> None:
-    """Write the model in shards, its tokenizer and what lies beside its base; raises `CheckpointError` for a full disk."""
-    layers = folding.decoder_layers(plain)
-    kept = folding.stays_float32(plain)
-    folding.round_(folding.outside(plain, layers.values()), kind, kept)
-    stored, text = read_model_config(trained).get_text_config(), plain.config.get_text_config()
-    for key, value in stored.to_dict().items():
-        if key.endswith(("dropout", "pdrop")):  # training had set it to 0
-            setattr(text, key, value)
-    beside = {name: _beside(trained, name) for name in BESIDE}
-    if beside["generation_config.json"]:
-        plain.generation_config = GenerationConfig()  # the base's own file is taken as it is
-    size = sum(t.numel() * t.element_size() for t in plain.state_dict().values())
-    free = shutil.disk_usage(staged).free
-    if free < size:
-        raise CheckpointError(
-            f"the merged model takes {size / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free in {str(staged.parent)!r}; free some "
-            "space, or set --out to another disk."
-        )
-    try:
-        plain.save_pretrained(str(staged), max_shard_size=SHARD)
-        tokenizer.save_pretrained(str(staged))
-        for name, path in beside.items():
-            if path:
-                shutil.copyfile(path, staged / name)
-    except (OSError, RuntimeError, ValueError, NotImplementedError) as error:
-        raise CheckpointError(
-            f"the merged model could not be written ({first_line(error)}); is there space beside {str(staged.parent)!r}?"
-        ) from error
-
-
-def _unsaved_buffers(model: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
-    saved = model.state_dict()
-    return ((n, b) for n, b in model.named_buffers() if n not in saved)
-
-
-def _read_back(
-    staged: Path, trained: Base, tokenizer: Any, kind: torch.dtype, ids: Tensor, buffers: dict[str, Tensor]
-) -> Tensor:
-    """Log-probs of the saved folder by plain transformers, in float32; raises `ModelError` where it is not the model.
-
-    `buffers`: tensors that no file holds, made from the configuration in the type a model is loaded in. They are compared
-    with those of the merged model and then taken from it, so that the weights alone decide.
-    """
-    try:
-        with reading_in_turn():
-            read: Any = AutoModelForCausalLM.from_pretrained
-            loaded, said = read(
-                str(staged), output_loading_info=True, use_safetensors=True, trust_remote_code=trained.trust_remote_code
-            )
-        again = AutoTokenizer.from_pretrained(str(staged), trust_remote_code=trained.trust_remote_code)
-    except (OSError, RuntimeError, ValueError, KeyError, NotImplementedError) as error:
-        raise ModelError(f"the merged model cannot be read back by transformers ({first_line(error)}).") from error
-    wrong = [f"{kind_} {sorted(map(str, said[kind_]))[0]}" for kind_ in said if kind_.endswith("_keys") and said[kind_]]
-    if wrong:
-        raise ModelError(f"the merged model, read back by transformers, is not whole: {'; '.join(wrong)}.")
-    if loaded.dtype != kind:
-        raise ModelError(f"the merged model was saved in {kind} and reads back in {loaded.dtype}.")
-    if [again(s)["input_ids"] for s in SENTENCES] != [tokenizer(s)["input_ids"] for s in SENTENCES] or (
-        again.chat_template != tokenizer.chat_template
-    ):
-        raise ModelError("the saved tokenizer, read back, gives other tokens or another chat template than the run's.")
-    for name, made in _unsaved_buffers(loaded):
-        ours = buffers.get(name)
-        if (
-            ours is None
-            or ours.shape != made.shape
-            or not torch.allclose(ours.double(), made.double(), rtol=1e-2, atol=1e-6)
-        ):
-            raise ModelError(f"the merged model, read back, computes another {name} from its configuration.")
-        made.data = ours.data
-    return _measured(loaded, ids)
-
-
-@contextmanager
-def _staging(target: Path) -> Iterator[Path]:
-    """A new folder beside `target`, gone when the block ends, with the parents made for it unless `target` is there."""
-    made = [p for p in (target.parent, *target.parent.parents) if not p.exists()]
-    staged = None
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        staged = Path(tempfile.mkdtemp(prefix=f".{target.name}.merging-", dir=target.parent))
-        yield staged
-    except OSError as error:
-        raise CheckpointError(f"{str(target)!r} cannot be written ({error}); set --out to another place.") from error
-    finally:
-        if staged is not None:
-            shutil.rmtree(staged, ignore_errors=True)
-        for parent in made:
-            if parent.is_dir() and not any(parent.iterdir()):
-                parent.rmdir()
-
-
-def _publish(staged: Path, target: Path) -> None:
-    mask = os.umask(0)
-    os.umask(mask)
-    staged.chmod(0o777 & ~mask)
-    os.replace(staged, target)

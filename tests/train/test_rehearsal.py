@@ -120,7 +120,8 @@ def test_only_a_gpu_is_rehearsed_on(neox, tmp_path, monkeypatch):
 @pytest.mark.parametrize(("kind", "error"), [("8bit", 0.01), ("4bit", 0.12)])
 def test_embeddings_in_few_bits(neox, tmp_path, kind, error):
     """The rows come back to the rounding of their type; the run trains, and names its setting."""
-    from lorat.model.base import load_base, plain_embeddings_
+    from lorat.model.base import load_base
+    from lorat.model.folding import dequantised
 
     plain = trainer_for(neox, tmp_path / "plain", make_pairs(4))
     trainer = trainer_for(neox, tmp_path / "run", make_pairs(8), quantize_embeddings=kind)
@@ -135,9 +136,9 @@ def test_embeddings_in_few_bits(neox, tmp_path, kind, error):
     assert any(not torch.equal(before[n], p) for n, p in adapter_parameters(trainer.model, "default").items())
     model = load_base(trainer.args.base())
     looked_up = model.get_input_embeddings()(rows)
-    plain_embeddings_(model)
-    assert torch.equal(model.get_input_embeddings()(rows), looked_up)
-    assert type(model.get_input_embeddings()) is torch.nn.Embedding
+    plain = dequantised(model.get_input_embeddings())
+    assert torch.equal(plain(rows), looked_up)
+    assert type(plain) is torch.nn.Embedding
 
 
 def test_a_run_is_loaded_again_with_its_embeddings_as_they_were(neox, tmp_path):
