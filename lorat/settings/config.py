@@ -15,7 +15,7 @@ import torch
 from transformers import TrainingArguments
 from transformers.trainer_pt_utils import AcceleratorConfig
 
-from ..methods import METHODS
+from ..methods import METHODS, Method
 from ..reference import Adaptive, Frozen, Hard, Soft, Space, UpdateRule, preset
 from .inherited import CHECKPOINTING
 from .table import DEFAULTS, OWN, RECORDED, SYNC
@@ -228,6 +228,11 @@ class TrustRegionConfig(TrainingArguments):
             bias="none",
             task_type="CAUSAL_LM",
         )
+
+    def loss(self) -> Method:
+        """The method with its settings, those fields that it has."""
+        kind, c = METHODS[self.method], self.resolved()
+        return kind(**{f.name: getattr(c, f.name) for f in fields(kind)})
 
     def workload(self) -> Workload:
         """What a training step takes memory for."""

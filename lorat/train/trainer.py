@@ -10,7 +10,6 @@ import logging
 import pickle
 import time
 from collections.abc import Callable
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,6 @@ from ..data.prepare import DataReport, check_budget, extent, pack_sizes
 from ..data.tokenization import check_tokenizer
 from ..errors import CheckpointError, ConfigError
 from ..files import put_json
-from ..methods import METHODS, Method
 from ..model.adapters import attach, load_adapter_, train_policy_only_
 from ..model.base import Facts, check_fit, load_base, load_tokenizer
 from ..model.fused import computing
@@ -56,12 +54,6 @@ from .stepper import Stepper
 logger = logging.getLogger("lorat")
 
 
-def method_of(args: TrustRegionConfig) -> Method:
-    """The method with its settings, those fields of `args` that it has."""
-    kind = METHODS[args.method]
-    return kind(**{f.name: getattr(args, f.name) for f in fields(kind)})
-
-
 class TrustRegionTrainer(Trainer):
     """Trains a LoRA policy on preference data against a reference that moves: TR-DPO, TR-IPO, TR-KTO.
 
@@ -78,10 +70,10 @@ class TrustRegionTrainer(Trainer):
             log / evaluate / checkpoint                                   Meters, Evaluator, RunFolder.staging
 
     The device batch is the statistical unit; the loss of an optimiser step is the mean over its examples, whatever the
-    packs, the accumulation or the ranks. `model`: a name, a base model, or a `PeftModel` whose adapter `default` is the policy. `args`: a
-    `TrustRegionConfig`. Datasets: any format `lorat.data` reads, or already tokenised. `processing_class`: the
-    tokenizer. `peft_config`: the adapter, instead of the `lora_*` fields. Raises a `LoratError` before training
-    for whatever cannot work.
+    packs, the accumulation or the ranks. `model`: a name, a base model, or a `PeftModel` whose adapter `default` is the
+    policy. `args`: a `TrustRegionConfig`. Datasets: any format `lorat.data` reads, or already tokenised.
+    `processing_class`: the tokenizer. `peft_config`: the adapter, instead of the `lora_*` fields. Raises a `LoratError`
+    before training for whatever cannot work.
     """
 
     model: Any  # a PeftModel
@@ -157,7 +149,7 @@ class TrustRegionTrainer(Trainer):
         for name, dataset in data.items():
             check_budget(dataset, args.max_tokens_per_pack, shared, name)
         packer = Packer(shared, args.max_tokens_per_pack, check_tokenizer(tokenizer))
-        self.scorer = Scorer(self.models, method_of(args), packer, self.ranks)
+        self.scorer = Scorer(self.models, args.loss(), packer, self.ranks)
         self.meters = Meters(self.ranks)
         self.stepper = Stepper(self.scorer, self.meters, self.accelerator, self._remainder())
         self.evaluator = Evaluator(self.scorer)
